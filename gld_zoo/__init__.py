@@ -1,0 +1,21 @@
+"""GLD students and teachers as timm models, the GLD loss, and local logits for any timm CNN.
+
+Importing this package registers the `gld_*` models with timm and does nothing else.
+"""
+
+from gld_zoo import cifar_resnet, cifar_wrn, gld_resnet
+from gld_zoo.heads import GlobalLocal, global_local_logits
+from gld_zoo.losses import GLDLoss, logit_kl, relation
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GLDLoss",
+    "GlobalLocal",
+    "cifar_resnet",
+    "cifar_wrn",
+    "gld_resnet",
+    "global_local_logits",
+    "logit_kl",
+    "relation",
+]

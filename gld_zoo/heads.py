@@ -1,0 +1,140 @@
+"""Global and local logits of any timm CNN: the model's own head, on the whole map and on each cell of a grid."""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# model -> the classifier its head was checked with; reset_classifier makes a new one, so it is checked again
+_checked_heads: weakref.WeakKeyDictionary[nn.Module, weakref.ref] = weakref.WeakKeyDictionary()
+
+
+class LocalLogits:
+    """Give a timm model `forward_logits`."""
+
+    def forward_logits(self, images: torch.Tensor, grid: int = 2) -> torch.Tensor:
+        """Return global and local logits `[B, 1+L, K]`; see `global_local_logits`."""
+        return global_local_logits(self, images, grid)
+
+
+class GlobalLocal(nn.Module):
+    """Wrap a timm CNN so that its forward returns global and local logits `[B, 1+L, K]`.
+
+    This is what a data-parallel trainer wraps: one `forward` that returns all the loss needs. The wrapper
+    owns no parameter; `wrapped.model.state_dict()` is the model's own.
+
+    Args:
+        model: Any timm CNN that `global_local_logits` takes.
+        grid: Cells along each side of the feature map, the paper's d.
+    """
+
+    def __init__(self, model: nn.Module, grid: int = 2) -> None:
+        super().__init__()
+        self.model = model
+        self.grid = grid
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Map images `[B, C, H, W]` to logits `[B, 1+L, K]`."""
+        return global_local_logits(self.model, images, self.grid)
+
+
+def global_local_logits(model: nn.Module, images: torch.Tensor, grid: int = 2) -> torch.Tensor:
+    """Classify the whole feature map and each cell of a `grid` x `grid` tiling of it, by the model's own head.
+
+    Each average-pooled cell goes through `model.forward_head` as a 1 x 1 map, so that norms and 1 x 1
+    convolutions of the head count. Under autocast the head runs in float32: the relation term is a sum
+    of differences of logits and does not survive bfloat16.
+
+    Args:
+        model: A timm CNN with a `[B, D, H, W]` feature map and a head that begins with average pooling.
+        images: Normalised images `[B, C, H, W]`.
+        grid: Cells along each side, L = grid². Where it does not divide the map, pooling is adaptive.
+
+    Returns:
+        Logits `[B, 1+L, K]`: row 0 equals `model(images)`, then the cells row by row, top left first.
+
+    Raises:
+        ValueError: If the model has no such map, no such head or no classifier, or `grid` is finer than the map.
+
+    Source: equation of the local logits, GLD (ICCV 2021), section 3.
+    """
+    if not torch.compiler.is_compiling():
+        _check_model(model)
+    features = model.forward_features(images)
+    if not torch.compiler.is_compiling():
+        _check_map(model, features, images, grid)
+        _check_head(model, features)
+    device_type = features.device.type
+    if torch.is_autocast_enabled(device_type):
+        with torch.autocast(device_type, enabled=False):
+            return _head_rows(model, features.to(next(model.parameters()).dtype), grid)
+    return _head_rows(model, features, grid)
+
+
+def _head_rows(model: nn.Module, features: torch.Tensor, grid: int) -> torch.Tensor:
+    cells = F.adaptive_avg_pool2d(features, grid).flatten(2)  # [B, D, L]
+    pooled = torch.cat([features.mean((2, 3)).unsqueeze(2), cells], dim=2)  # [B, D, 1+L]
+    rows = pooled.transpose(1, 2).flatten(0, 1)  # [B(1+L), D]
+    logits = model.forward_head(rows[:, :, None, None])
+    return logits.unflatten(0, (features.shape[0], 1 + grid * grid))
+
+
+def _check_model(model: nn.Module) -> None:
+    name = type(model).__name__
+    if not (hasattr(model, "forward_features") and hasattr(model, "forward_head")):
+        raise ValueError(
+            f"{name} has no forward_features and forward_head; local logits need a whole timm classifier, "
+            "not a features_only or wrapped model"
+        )
+    if not getattr(model, "num_classes", 0):
+        raise ValueError(
+            f"{name} has no classifier (num_classes={getattr(model, 'num_classes', None)}), so it has no local "
+            "logits; create it with num_classes=K or call reset_classifier(K)"
+        )
+
+
+def _check_map(model: nn.Module, features: torch.Tensor, images: torch.Tensor, grid: int) -> None:
+    name = type(model).__name__
+    if features.ndim != 4 or features.shape[1] != model.num_features:
+        raise ValueError(
+            f"{name}.forward_features gives {list(features.shape)} for images {list(images.shape)}; local logits "
+            f"need a feature map [B, {model.num_features}, H, W], as convolutional networks have"
+        )
+    height, width = features.shape[2:]
+    if grid < 1 or grid > min(height, width):
+        raise ValueError(
+            f"grid={grid} needs a feature map of at least {grid}x{grid}, got {height}x{width} for a "
+            f"{images.shape[2]}x{images.shape[3]} input; use a larger input or a grid from 1 to {min(height, width)}"
+        )
+
+
+@torch.no_grad()
+def _check_head(model: nn.Module, features: torch.Tensor) -> None:
+    """Refuse, once a classifier, a head that does not begin with average pooling."""
+    classifier = model.get_classifier()
+    checked = _checked_heads.get(model)
+    if checked is not None and checked() is classifier:
+        return
+    dtype = next(model.parameters()).dtype
+    noise = torch.rand((1, *features.shape[1:]), generator=torch.Generator().manual_seed(0))
+    noise = noise.to(features.device, dtype)
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.autocast(features.device.type, enabled=False):
+            whole = model.forward_head(noise).float()
+            pooled = model.forward_head(noise.mean((2, 3), keepdim=True)).float()
+    finally:
+        for module in training:
+            module.training = True
+    # rounding alone (8 bits in bfloat16) stays far below 5%; another pooling is off by the size of the logits
+    if whole.shape != pooled.shape or (whole - pooled).abs().max() > 0.05 * whole.abs().max():
+        raise ValueError(
+            f"the head of {type(model).__name__} does not begin with average pooling: it gives other logits for a "
+            "feature map than for the map's mean, so its local logits are undefined; use a model with "
+            "global_pool='avg' and no spatial layer in its head"
+        )
+    _checked_heads[model] = weakref.ref(classifier)

@@ -1,0 +1,337 @@
+"""The GLD loss: normalised distillation of global and local logits, and their densely connected relations.
+
+Kim et al., "Distilling Global and Local Logits with Densely Connected Relations", ICCV 2021.
+
+Shapes: B images, L = grid² cells, K classes, N = B(1+L) rows of logits; the global row comes first.
+Everything here is computed in float32, or in float64 for float64 input, with autocast off.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+
+# The plain form works on this many entries of a distance matrix at a time: 16 MiB of float32 a matrix.
+_BLOCK_ENTRIES = 1 << 22
+
+
+def logit_kl(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """Compute KL(teacher || student) of logits that are each divided by their own standard deviation.
+
+    The standard deviation over the K classes is the unbiased one; there is no temperature. A constant row
+    stands for the uniform distribution.
+
+    Args:
+        student: Logits `[..., K]`.
+        teacher: Logits `[..., K]`; receives no gradient.
+
+    Returns:
+        One divergence a row `[...]`, in nats.
+    """
+    log_p = F.log_softmax(_divide_by_std(teacher.detach()), dim=-1)
+    log_q = F.log_softmax(_divide_by_std(student), dim=-1)
+    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+
+
+def _divide_by_std(logits: torch.Tensor) -> torch.Tensor:
+    centred = logits - logits.mean(-1, keepdim=True)
+    variance = centred.square().sum(-1, keepdim=True) / max(logits.shape[-1] - 1, 1)
+    # what rounding leaves of a constant row is not a spread; nor may 1 / std overflow in the backward pass
+    info = torch.finfo(logits.dtype)
+    floor = (4 * info.eps * logits.detach().abs().amax(-1, keepdim=True)).square() + info.tiny**0.5
+    return centred * torch.where(variance > floor, variance, 1.0).rsqrt()
+
+
+def relation(student: torch.Tensor, teacher: torch.Tensor, *, global_batch: bool = False) -> torch.Tensor:
+    """Compare the relations among all rows of logits: `1/N² sum (D(teacher) - D(student))²`.
+
+    D holds the squared Euclidean distances between all rows, each of its rows divided by that row's L2
+    norm. Two exact forms, chosen by shape: a linear-time one over moments of the batch, O(N K²), and the
+    plain one in blocks of rows, O(N² K), that never holds a matrix of N x N. If all rows of one side are
+    identical its D is zero and each row counts 1, if those of both sides are, 0; the gradient is zero there.
+
+    Args:
+        student: Logits `[N, K]`, global and local rows of all images alike.
+        teacher: Logits `[N, K]`; receives no gradient.
+        global_batch: Take the rows of all processes of the default process group together. Each process
+            then holds the same value and, times the process count, its share of the gradient, so that
+            data-parallel averaging gives exactly one process's gradient.
+
+    Returns:
+        A scalar in float32, or in float64 for float64 input.
+
+    Raises:
+        ValueError: If the shapes differ, or with `global_batch` the processes' row counts do.
+    """
+    if student.ndim != 2 or student.shape != teacher.shape:
+        raise ValueError(
+            f"relation takes two [N, K] tensors of one shape, got {list(student.shape)} and {list(teacher.shape)}"
+        )
+    reduce = _all_reduce if global_batch and _is_distributed() else _identity
+    world_size = dist.get_world_size() if reduce is _all_reduce else 1
+    if world_size > 1:
+        _check_equal_rows(student)
+    rows = student.shape[0] * world_size
+    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    with torch.autocast(student.device.type, enabled=False):
+        student_rows, student_flat = _centre(student, rows, dtype, reduce)
+        teacher_rows, teacher_flat = _centre(teacher.detach(), rows, dtype, reduce)
+        if student_rows.dtype == torch.float64 and _linear_is_cheaper(rows, student.shape[1]):
+            return _relation_linear(student_rows, teacher_rows, student_flat, teacher_flat, rows, reduce).to(dtype)
+        student_rows, teacher_rows = student_rows.to(dtype), teacher_rows.to(dtype)
+        if world_size > 1:
+            student_rows, teacher_rows = _gather_rows(student_rows), _gather_rows(teacher_rows)
+        return _RelationBlocks.apply(student_rows, teacher_rows)
+
+
+def _linear_is_cheaper(rows: int, classes: int) -> bool:
+    return rows > 2 * classes
+
+
+def _centre(logits: torch.Tensor, rows: int, dtype: torch.dtype, reduce) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return centred rows scaled to a largest entry of 1, and whether all rows are identical up to rounding.
+
+    Distances do not change under a shift, and the relation not under a scale, so the scale needs no gradient;
+    both keep the arithmetic that follows far from cancellation, overflow and underflow.
+    """
+    wide = dtype if logits.device.type == "mps" else torch.float64  # MPS has no float64
+    info = torch.finfo(dtype)
+    logits = logits.to(wide)
+    centred = logits - reduce(logits.sum(0)) / rows
+    spread, size = centred.detach().abs().amax(), logits.detach().abs().amax()
+    if reduce is _all_reduce:
+        extremes = torch.stack([spread, size])
+        dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+        spread, size = extremes.unbind()
+    flat = spread <= 16 * info.eps * size + info.tiny**0.5
+    return torch.where(flat, 0.0, centred / torch.where(flat, 1.0, spread)), flat
+
+
+def _relation_linear(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    student_flat: torch.Tensor,
+    teacher_flat: torch.Tensor,
+    rows: int,
+    reduce,
+) -> torch.Tensor:
+    """Evaluate `2/N² sum_r (1 - cos_r)`, cos_r between the r-th distance rows, from moments of centred rows.
+
+    In float64 throughout: 1 - cos cancels.
+    """
+    student_sq, teacher_sq = student.square().sum(1), teacher.square().sum(1)
+    pairs = (
+        (student, student_sq, student, student_sq),
+        (teacher, teacher_sq, teacher, teacher_sq),
+        (teacher, teacher_sq, student, student_sq),
+    )
+    moments = reduce(torch.stack([_moments(*pair) for pair in pairs]))
+    ss, tt, ts = (_row_products(*pair, moment, rows) for pair, moment in zip(pairs, moments, strict=True))
+    either = student_flat | teacher_flat
+    cosine = ts / torch.where(either, 1.0, ss * tt).sqrt()
+    cosine = torch.where(either, torch.where(student_flat & teacher_flat, 1.0, 0.5), cosine)
+    return reduce((1 - cosine.clamp(max=1)).sum()) * (2 / rows**2)
+
+
+def _moments(x: torch.Tensor, a: torch.Tensor, y: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Pack the sums over rows that `_row_products` needs: sum a, sum b, sum ab, xᵀb, yᵀa, xᵀy."""
+    scalars = torch.stack([a.sum(), b.sum(), a @ b])
+    return torch.cat([scalars, b @ x, a @ y, (x.T @ y).flatten()])
+
+
+def _row_products(
+    x: torch.Tensor, a: torch.Tensor, y: torch.Tensor, b: torch.Tensor, moments: torch.Tensor, rows: int
+) -> torch.Tensor:
+    """Return, for each row r, the inner product over c of |x_r - x_c|² and |y_r - y_c|² (a = |x|², b = |y|²).
+
+    The rows are centred, so the terms with sums of x or y vanish, and their gradient with them.
+    """
+    k = x.shape[1]
+    scalars, xb, ya, xy = moments.split([3, k, k, k * k])
+    sum_a, sum_b, sum_ab = scalars.unbind()
+    quadratic = ((x @ xy.view(k, k)) * y).sum(1)
+    return rows * a * b + a * sum_b + b * sum_a + sum_ab - 2 * (x @ xb) - 2 * (y @ ya) + 4 * quadratic
+
+
+class _RelationBlocks(torch.autograd.Function):
+    """The plain form; its gradient is worked out block by block along with the value, so nothing N x N is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        rows = student.shape[0]
+        student_sq, teacher_sq = student.square().sum(1), teacher.square().sum(1)
+        total = student.new_zeros(())
+        gradient = torch.zeros_like(student) if ctx.needs_input_grad[0] else None
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")  # autocast off does not turn TF32 off
+        try:
+            for block in torch.arange(rows).split(max(1, _BLOCK_ENTRIES // rows)):
+                part = slice(int(block[0]), int(block[-1]) + 1)
+                unit, norm = _unit_distances(student, student_sq, part)
+                difference = unit - _unit_distances(teacher, teacher_sq, part)[0]
+                total += difference.square().sum()
+                if gradient is None:
+                    continue
+                # through the division by the row norm, then through |x_r - x_c|², rows and columns
+                weight = (difference - unit * (difference * unit).sum(1, keepdim=True)).div_(norm)
+                gradient += student * weight.sum(0)[:, None] - weight.T @ student[part]
+                gradient[part] += student[part] * weight.sum(1)[:, None] - weight @ student
+        finally:
+            torch.set_float32_matmul_precision(precision)
+        if gradient is not None:
+            ctx.save_for_backward(gradient * (4 / rows**2))
+        return total / rows**2
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad_output, None
+
+
+def _unit_distances(x: torch.Tensor, squares: torch.Tensor, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return rows `part` of the squared distances, each divided by its norm, and the norms (1 where zero)."""
+    distances = torch.addmm(squares, x[part], x.T, alpha=-2).add_(squares[part, None]).clamp_(min=0)
+    distances.diagonal(part.start).zero_()
+    norm = distances.norm(dim=1, keepdim=True)
+    norm = torch.where(norm > 0, norm, 1.0)
+    return distances.div_(norm), norm
+
+
+class GLDLoss(nn.Module):
+    """The GLD loss: weighs cross-entropy, the two distillation terms and the relation.
+
+    `(1 - alpha) CE + alpha KL_global + local_weight sum_l KL_l + beta relation`, where KL and CE are means
+    over the batch and the local term is a sum over the L cells. A weight of 0 turns its term off.
+
+    The relation scales as 1/N: `beta=500` belongs to a batch of 64 images and grid 2 (N = 320). To keep the
+    balance at another batch or grid, scale beta by N / 320.
+
+    Args:
+        alpha: Share of the global distillation against cross-entropy, from 0 to 1.
+        beta: Weight of the relation.
+        local_weight: Weight of the local distillation.
+        global_batch: Take the relation over the batches of all processes together, while gradients are
+            enabled and a process group is initialised. The other terms stay means over the local batch.
+
+    Raises:
+        ValueError: If a weight is out of its range.
+
+    Source: equations of section 3, GLD (ICCV 2021).
+    """
+
+    def __init__(
+        self, alpha: float = 0.7, beta: float = 500.0, *, local_weight: float = 1.0, global_batch: bool = False
+    ) -> None:
+        super().__init__()
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"alpha={alpha} is not between 0 and 1")
+        if not (beta >= 0 and local_weight >= 0):
+            raise ValueError(f"beta={beta} and local_weight={local_weight} must not be negative")
+        self.alpha = alpha
+        self.beta = beta
+        self.local_weight = local_weight
+        self.global_batch = global_batch
+
+    def forward(self, student: torch.Tensor, teacher: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Compute the loss and its weighted terms.
+
+        Args:
+            student: Logits `[B, 1+L, K]`, global row first.
+            teacher: Logits `[B, 1+L, K]`; receive no gradient.
+            target: Class indices `[B]`.
+
+        Returns:
+            Scalars `loss`, and its summands `loss_ce`, `loss_global`, `loss_local`, `loss_relation`.
+
+        Raises:
+            ValueError: If the shapes do not fit each other.
+        """
+        _check_shapes(student, teacher, target)
+        dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+        student, teacher = student.to(dtype), teacher.detach().to(dtype)
+        zero = student.new_zeros(())
+        with torch.autocast(student.device.type, enabled=False):
+            divergence = logit_kl(student, teacher).mean(0)  # [1+L]
+            terms = dict(
+                loss_ce=(1 - self.alpha) * F.cross_entropy(student[:, 0], target) if self.alpha < 1 else zero,
+                loss_global=self.alpha * divergence[0] if self.alpha else zero,
+                loss_local=self.local_weight * divergence[1:].sum() if self.local_weight else zero,
+                loss_relation=self.beta * self._relation(student, teacher) if self.beta else zero,
+            )
+            return dict(loss=torch.stack(list(terms.values())).sum(), **terms)
+
+    def _relation(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        global_batch = self.global_batch and torch.is_grad_enabled()
+        return relation(student.flatten(0, 1), teacher.flatten(0, 1), global_batch=global_batch)
+
+    def extra_repr(self) -> str:
+        """Show the weights."""
+        return (
+            f"alpha={self.alpha}, beta={self.beta}, local_weight={self.local_weight}, "
+            f"global_batch={self.global_batch}"
+        )
+
+
+def _check_shapes(student: torch.Tensor, teacher: torch.Tensor, target: torch.Tensor) -> None:
+    if student.ndim != 3 or student.shape[1] < 2:
+        raise ValueError(f"student logits must be [B, 1+L, K] with L >= 1, got {list(student.shape)}")
+    if teacher.shape != student.shape:
+        raise ValueError(
+            f"teacher logits {list(teacher.shape)} differ from student logits {list(student.shape)}; both models "
+            "need the same grid and the same classes"
+        )
+    if target.shape != student.shape[:1]:
+        raise ValueError(f"target must hold one class index an image, [{student.shape[0]}], got {list(target.shape)}")
+
+
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _identity(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+class _AllReduce(torch.autograd.Function):
+    """Sum over processes, forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+        tensor = tensor.clone()
+        dist.all_reduce(tensor)
+        return tensor
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: torch.Tensor) -> torch.Tensor:
+        grad_output = grad_output.contiguous().clone()
+        dist.all_reduce(grad_output)
+        return grad_output
+
+
+def _all_reduce(tensor: torch.Tensor) -> torch.Tensor:
+    return _AllReduce.apply(tensor)
+
+
+def _gather_rows(rows: torch.Tensor) -> torch.Tensor:
+    """Concatenate the rows `[N, K]` of all processes in rank order, with gradient."""
+    count = rows.shape[0]
+    padded = rows.new_zeros((count * dist.get_world_size(), rows.shape[1]))
+    start = count * dist.get_rank()
+    padded = torch.cat([padded[:start], rows, padded[start + count :]])
+    return _all_reduce(padded)
+
+
+def _check_equal_rows(student: torch.Tensor) -> None:
+    counts = torch.tensor([student.shape[0], -student.shape[0]], device=student.device)
+    dist.all_reduce(counts, op=dist.ReduceOp.MAX)
+    largest, smallest = counts[0].item(), -counts[1].item()
+    if largest != smallest:
+        raise ValueError(
+            f"processes hold from {smallest} to {largest} rows of logits; the relation over the global batch needs "
+            "the same number on each: drop the incomplete last batch"
+        )
