@@ -1,0 +1,119 @@
+"""Checkpoints that are whole or absent: safetensors and one JSON each, no pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be used; the message says why."""
+
+
+def save_checkpoint(
+    folder: Path, name: str, tensors: dict[str, dict[str, torch.Tensor]], state: dict[str, Any], *, keep: int
+) -> None:
+    """Write one checkpoint and drop all but the `keep` newest.
+
+    Everything is written and flushed under a temporary name and renamed last, so a crash at any moment
+    leaves the earlier checkpoints alone.
+
+    Args:
+        folder: The run's checkpoint folder.
+        name: Of the checkpoint; names sort by age.
+        tensors: File stem to tensors by name.
+        state: What else to keep, as JSON.
+        keep: Checkpoints to leave in the folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{name}.partial"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    for stem, group in tensors.items():
+        group = {key: tensor.detach().contiguous() for key, tensor in group.items()}
+        save_file(group, temporary / f"{stem}.safetensors", metadata={"format": "pt"})
+    hashes = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
+    (temporary / "state.json").write_text(json.dumps(dict(state, sha256=hashes), indent=2), encoding="utf-8")
+    for path in [*temporary.iterdir(), temporary]:
+        _flush(path)
+    shutil.rmtree(folder / name, ignore_errors=True)
+    temporary.rename(folder / name)
+    _flush(folder)
+    for old in list_checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return a folder's checkpoints, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
+    """Read and verify one checkpoint.
+
+    Returns:
+        Tensors by file stem, and the state.
+
+    Raises:
+        CheckpointError: If a file is missing or not what was written.
+    """
+    try:
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        hashes = state.pop("sha256")
+        damaged = [name for name, digest in hashes.items() if _sha256(path / name) != digest]
+        if damaged:
+            raise CheckpointError(f"{path} is damaged: {', '.join(damaged)} changed since it was written")
+        tensors = {Path(name).stem: load_file(path / name) for name in hashes}
+    except (OSError, KeyError, AttributeError, json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
+        raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+    return tensors, state
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Flatten an optimiser's tensors to `<parameter index>.<name>`; hyperparameters are the recipe's."""
+    state = optimizer.state_dict()["state"]
+    return {
+        f"{index}.{name}": value
+        for index, values in state.items()
+        for name, value in values.items()
+        if isinstance(value, torch.Tensor)
+    }
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+    """Undo `optimizer_tensors`."""
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for key, value in tensors.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict(dict(state=state, param_groups=optimizer.state_dict()["param_groups"]))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file: Any) -> str:  # Python 3.10 has no hashlib.file_digest
+    digest = hashlib.sha256()
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

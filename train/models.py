@@ -1,0 +1,98 @@
+"""Students and teachers by name, and what a student's images look like."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm
+import torch
+import torch.nn as nn
+from timm.data import resolve_model_data_config
+
+from gld_zoo import GlobalLocal
+
+
+class ModelError(ValueError):
+    """A model does not fit the recipe; the message names it and the remedy."""
+
+
+def create_student(name: str, num_classes: int, device: torch.device) -> nn.Module:
+    """Build a student with random weights, in channels-last layout.
+
+    Raises:
+        ModelError: If timm does not know the name.
+    """
+    return _create("student", name, device, num_classes=num_classes)
+
+
+def create_teacher(name: str, num_classes: int, device: torch.device) -> nn.Module:
+    """Build a pretrained teacher in eval mode, frozen, in channels-last layout.
+
+    Raises:
+        ModelError: If timm does not know the name, it has no weights or not the dataset's classes.
+    """
+    teacher = _create("teacher", name, device, pretrained=True)
+    if teacher.num_classes != num_classes:
+        raise ModelError(
+            f"teacher {name!r} has {teacher.num_classes} classes and the dataset {num_classes}; use a teacher "
+            "trained on this dataset (train one with teacher: null and name it by local-dir:RUN/last)"
+        )
+    return teacher.eval().requires_grad_(False)
+
+
+def _create(role: str, name: str, device: torch.device, **kwargs: Any) -> nn.Module:
+    try:
+        model = timm.create_model(name, **kwargs)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise ModelError(f"{role}={name!r} cannot be created: {error}") from error
+    return model.to(device, memory_format=torch.channels_last)
+
+
+def resolve_data_config(student: nn.Module, image_size: int | None) -> dict[str, Any]:
+    """Return how the student's images are prepared: square, whole, with the mean and std of its cfg."""
+    config = resolve_model_data_config(student)
+    size = image_size or config["input_size"][-1]
+    config.update(input_size=(config["input_size"][0], size, size), crop_pct=1.0, crop_mode="center")
+    return config
+
+
+class Teacher(nn.Module):
+    """A frozen teacher that takes the student's images and returns global and local logits `[B, 1+L, K]`.
+
+    The images are renormalised from the student's mean and std to the teacher's own.
+
+    Args:
+        model: The teacher, in eval mode.
+        grid: Cells along each side of its feature map.
+        mean, std: With which the images were normalised.
+    """
+
+    def __init__(self, model: nn.Module, grid: int, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.logits = GlobalLocal(model, grid)
+        config = resolve_model_data_config(model)
+        device = next(model.parameters()).device
+        own_mean, own_std, mean, std = (
+            torch.tensor(values, device=device)[:, None, None] for values in (config["mean"], config["std"], mean, std)
+        )
+        self.same = bool(torch.equal(own_mean, mean) and torch.equal(own_std, std))
+        self.register_buffer("scale", std / own_std, persistent=False)
+        self.register_buffer("shift", (mean - own_mean) / own_std, persistent=False)
+
+    def train(self, mode: bool = True) -> Teacher:
+        """Stay in eval mode."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def classify(self, images: torch.Tensor) -> torch.Tensor:
+        """Map the student's images to the teacher's logits `[B, K]`."""
+        return self.logits.model(self.renormalize(images))
+
+    def renormalize(self, images: torch.Tensor) -> torch.Tensor:
+        """Map the student's normalised images to the teacher's."""
+        return images if self.same else torch.addcmul(self.shift, images, self.scale)
+
+    @torch.no_grad()
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Map the student's images `[B, 3, H, W]` to the teacher's logits."""
+        return self.logits(self.renormalize(images))
