@@ -7,7 +7,7 @@ from gld_zoo import cifar_resnet, cifar_wrn, gld_resnet
 from gld_zoo.heads import GlobalLocal, global_local_logits
 from gld_zoo.losses import GLDLoss, logit_kl, relation
 
-__version__ = "0.1.0"
+from gld_zoo.version import __version__
 
 __all__ = [
     "GLDLoss",

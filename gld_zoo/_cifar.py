@@ -4,8 +4,6 @@
 of a model beyond that (features, pruning, classifier reset, checkpointing) is the same and lives here.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, NamedTuple
 

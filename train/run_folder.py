@@ -66,7 +66,10 @@ class RunFolder:
         return (self.path / "summary.json").is_file()
 
     def start(self, accelerator: Accelerator) -> None:
-        """Make the folder and write `recipe.yaml` and `env.json`."""
+        """Make the folder and write `recipe.yaml` and `env.json`, once every process has opened it."""
+        accelerator.wait_for_everyone()
+        if not accelerator.is_main_process:
+            return
         self.path.mkdir(parents=True, exist_ok=True)
         self.recipe.save(self.path / "recipe.yaml")
         self.write_json("env.json", describe_environment(accelerator))

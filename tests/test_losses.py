@@ -1,0 +1,253 @@
+"""The loss against a float64 reference written out from the paper's equations, and its promises at the edges."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gld_zoo import GLDLoss, logit_kl, losses, relation
+
+FORMS = pytest.mark.parametrize("linear", [True, False], ids=["linear", "plain"])
+
+
+@pytest.fixture
+def use_form(monkeypatch):
+    def choose(linear, block_entries=None):
+        monkeypatch.setattr(losses, "_linear_is_cheaper", lambda rows, classes: linear)
+        if block_entries:
+            monkeypatch.setattr(losses, "_BLOCK_ENTRIES", block_entries)
+
+    return choose
+
+
+def reference_relation(student, teacher):
+    def normalised(z):
+        distances = (z[:, None] - z[None]).square().sum(-1)
+        return distances / distances.norm(dim=1, keepdim=True)
+
+    return (normalised(teacher) - normalised(student)).square().sum() / len(student) ** 2
+
+
+def reference_terms(student, teacher, target, alpha, beta):
+    def kl(t, s):
+        p = (t / t.std(-1, keepdim=True)).softmax(-1)
+        q = (s / s.std(-1, keepdim=True)).softmax(-1)
+        return (p * (p / q).log()).sum(-1).mean()
+
+    ce = -student[:, 0].log_softmax(-1)[torch.arange(len(target)), target].mean()
+    return dict(
+        loss_ce=(1 - alpha) * ce,
+        loss_global=alpha * kl(teacher[:, 0], student[:, 0]),
+        loss_local=sum(kl(teacher[:, i], student[:, i]) for i in range(1, student.shape[1])),
+        loss_relation=beta * reference_relation(student.flatten(0, 1), teacher.flatten(0, 1)),
+    )
+
+
+def logits(batch=6, grid=2, classes=10, dtype=torch.float64):
+    shape = (batch, 1 + grid**2, classes)
+    student = torch.randn(shape, dtype=dtype).requires_grad_()
+    return student, 3 * torch.randn(shape, dtype=dtype) + 1, torch.randint(classes, (batch,))
+
+
+@FORMS
+@pytest.mark.parametrize(("batch", "grid", "classes"), [(6, 2, 10), (3, 4, 20), (2, 1, 5), (16, 3, 7)])
+def test_terms_and_gradients_equal_the_papers_equations(use_form, linear, batch, grid, classes):
+    use_form(linear, block_entries=50)  # several blocks, the last one incomplete
+    student, teacher, target = logits(batch, grid, classes)
+    terms = GLDLoss(alpha=0.6, beta=40.0)(student, teacher, target)
+    (gradient,) = torch.autograd.grad(terms["loss"], student)
+    expected = reference_terms(student, teacher, target, 0.6, 40.0)
+    (expected_gradient,) = torch.autograd.grad(sum(expected.values()), student)
+    for name, value in expected.items():
+        torch.testing.assert_close(terms[name], value, rtol=1e-10, atol=0)
+    torch.testing.assert_close(terms["loss"], sum(expected.values()), rtol=1e-10, atol=0)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=1e-12)
+
+
+@FORMS
+def test_relation_passes_gradcheck(use_form, linear):
+    use_form(linear, block_entries=30)
+    student = torch.randn(9, 4, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(9, 4, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda s: relation(s, teacher), student)
+
+
+@FORMS
+@pytest.mark.parametrize("distance", [1.0, 0.05, 0.005])
+def test_float32_keeps_its_precision_close_to_the_teacher(use_form, linear, distance):
+    use_form(linear)
+    teacher = torch.randn(80, 20, dtype=torch.float64).float()
+    student = (teacher + distance * torch.randn(80, 20)).requires_grad_()
+    value = relation(student, teacher)
+    (gradient,) = torch.autograd.grad(value, student)
+    exact = student.detach().double().requires_grad_()
+    expected = reference_relation(exact, teacher.double())
+    (expected_gradient,) = torch.autograd.grad(expected, exact)
+    assert value.dtype == torch.float32
+    # the distances' own rounding, 1e-7, over the relative difference of the two sides
+    tolerance = 1e-6 / distance
+    torch.testing.assert_close(value.double(), expected, rtol=tolerance, atol=0)
+    assert (gradient - expected_gradient).abs().max() < tolerance * expected_gradient.abs().max()
+
+
+@FORMS
+def test_relation_is_zero_at_the_teacher_and_ignores_scale_shift_and_order(use_form, linear):
+    use_form(linear)
+    student, teacher = torch.randn(2, 40, 10, dtype=torch.float64)
+    assert 0 <= relation(3 * teacher + 2, teacher) < 1e-14
+    order = torch.randperm(40)
+    value = relation(student, teacher)
+    torch.testing.assert_close(relation(7 * student[order] - 5, teacher[order]), value, rtol=1e-12, atol=0)
+
+
+def edge_cases():
+    row = torch.randn(1, 1, 10)
+    plain = torch.randn(4, 5, 10)
+    return {
+        "constant rows": (torch.full((4, 5, 10), 3.0), plain),
+        "constant large rows": (torch.full((4, 5, 10), 9999.9), plain),
+        "constant teacher": (plain, torch.full((4, 5, 10), -1e4)),
+        "both constant": (torch.ones(4, 5, 10), torch.zeros(4, 5, 10)),
+        "identical rows": (row.expand(4, 5, 10).clone(), plain),
+        "identical large rows": (1e4 * row.expand(4, 5, 10).clone(), plain),
+        "identical teacher rows": (plain, row.expand(4, 5, 10).clone()),
+        "equal": (plain, plain),
+        "one image": (plain[:1], plain[1:2]),
+        "large": (1e4 * plain, 1e4 * plain.flip(0)),
+        "tiny": (1e-12 * plain, plain.flip(0)),
+        "denormal": (1e-40 * plain, plain.flip(0)),
+        "one outlier": (torch.cat([1e4 * plain[:1], 1e-4 * plain[1:]]), plain),
+        "two classes": (plain[..., :2], plain.flip(0)[..., :2]),
+        "one class": (plain[..., :1], plain.flip(0)[..., :1]),
+    }
+
+
+@FORMS
+@pytest.mark.parametrize("name", edge_cases())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_finite_logits_give_a_finite_loss_and_gradient(use_form, linear, name, dtype):
+    use_form(linear)
+    student, teacher = (value.to(dtype) for value in edge_cases()[name])
+    if not (student.isfinite().all() and teacher.isfinite().all()):
+        pytest.skip(f"{name} logits do not exist in {dtype}")
+    student.requires_grad_()
+    terms = GLDLoss()(student, teacher, torch.zeros(len(student), dtype=torch.int64))
+    terms["loss"].backward()
+    for term, value in terms.items():
+        assert value.isfinite(), f"{term} is {value}"
+        assert value >= (0 if term == "loss_relation" else -1e-6), f"{term} is {value}"
+    assert student.grad.isfinite().all()
+
+
+@FORMS
+def test_identical_rows_count_one_a_row_and_pass_no_gradient(use_form, linear):
+    use_form(linear)
+    flat = torch.full((12, 5), 0.1, requires_grad=True)
+    spread = torch.randn(12, 5)
+    value = relation(flat, spread)
+    value.backward()
+    torch.testing.assert_close(value, torch.tensor(1 / 12))  # 1/N² times N rows of norm 1
+    assert not flat.grad.any()
+    torch.testing.assert_close(relation(spread, flat.detach()), torch.tensor(1 / 12))
+    assert relation(flat, flat.detach() + 3) == 0
+
+
+def test_both_forms_agree_where_the_choice_changes():
+    rows = next(n for n in range(2, 10_000) if losses._linear_is_cheaper(n, 10))
+    student, teacher = torch.randn(2, rows, 10, dtype=torch.float64)
+    torch.testing.assert_close(relation(student, teacher), reference_relation(student, teacher), rtol=1e-10, atol=0)
+    less = relation(student[1:], teacher[1:])
+    torch.testing.assert_close(less, reference_relation(student[1:], teacher[1:]), rtol=1e-10, atol=0)
+
+
+def test_plain_form_keeps_no_matrix_of_all_rows(use_form):
+    use_form(False, block_entries=4000)
+    student = torch.randn(400, 5, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        relation(student, torch.randn(400, 5)).backward()
+    assert max(saved) <= student.numel()
+
+
+@FORMS
+def test_autocast_does_not_move_the_loss(use_form, linear):
+    use_form(linear)
+    student, teacher, target = logits(dtype=torch.float32)
+    criterion = GLDLoss()
+    plain = criterion(student, teacher, target)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = criterion(student, teacher, target)
+    for name in plain:
+        assert torch.equal(plain[name], cast[name]), name
+        assert cast[name].dtype == torch.float32
+
+
+def test_half_precision_logits_are_computed_in_float32():
+    student, teacher, target = logits(dtype=torch.float32)
+    half = [student.bfloat16(), teacher.bfloat16()]
+    expected = GLDLoss()(half[0].float(), half[1].float(), target)["loss"]
+    assert torch.equal(GLDLoss()(*half, target)["loss"], expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "off"),
+    [
+        (dict(alpha=0.0), "loss_global"),
+        (dict(alpha=1.0), "loss_ce"),
+        (dict(local_weight=0.0), "loss_local"),
+        (dict(beta=0.0), "loss_relation"),
+    ],
+)
+def test_each_weight_turns_its_term_off(options, off):
+    student, teacher, target = logits()
+    terms = GLDLoss(**options)(student, teacher, target)
+    assert terms[off] == 0
+    assert all(terms[name] > 0 for name in terms if name != off)
+    torch.testing.assert_close(terms["loss"], sum(terms[name] for name in terms if name != "loss"))
+
+
+def test_teacher_receives_no_gradient():
+    student, teacher, target = logits()
+    teacher.requires_grad_()
+    GLDLoss()(student, teacher, target)["loss"].backward()
+    assert teacher.grad is None
+
+
+def test_logit_kl_ignores_the_scale_of_each_row():
+    student, teacher = torch.randn(2, 8, 10, dtype=torch.float64)
+    scale = torch.rand(8, 1, dtype=torch.float64) + 0.1
+    torch.testing.assert_close(logit_kl(scale * student + 2, teacher), logit_kl(student, teacher))
+    uniform = logit_kl(torch.full((1, 10), 5.0), torch.randn(1, 10))
+    assert uniform > 0
+
+
+def test_cross_entropy_is_the_global_rows():
+    student, teacher, target = logits()
+    terms = GLDLoss(alpha=0.0)(student, teacher, target)
+    torch.testing.assert_close(terms["loss_ce"], F.cross_entropy(student[:, 0], target))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        (((4, 10), (4, 10), (4,)), r"\[B, 1\+L, K\]"),
+        (((4, 1, 10), (4, 1, 10), (4,)), r"L >= 1"),
+        (((4, 5, 10), (4, 5, 9), (4,)), "same classes"),
+        (((4, 5, 10), (4, 10, 10), (4,)), "same grid"),
+        (((4, 5, 10), (4, 5, 10), (4, 10)), "one class index an image"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_named(shapes, message):
+    student, teacher, target = (torch.zeros(shape) for shape in shapes)
+    with pytest.raises(ValueError, match=message):
+        GLDLoss()(student, teacher, target)
+
+
+def test_relation_refuses_different_shapes():
+    with pytest.raises(ValueError, match="one shape"):
+        relation(torch.zeros(4, 3), torch.zeros(5, 3))
+
+
+@pytest.mark.parametrize("options", [dict(alpha=1.5), dict(alpha=-0.1), dict(beta=-1.0), dict(local_weight=-1.0)])
+def test_weights_out_of_range_are_named(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        GLDLoss(**options)
