@@ -3,13 +3,120 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported
+os.environ["ACCELERATE_USE_CPU"] = "true"
+
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from datasets import ClassLabel, Dataset, Features, Image, load_dataset
 
-import gld_zoo  # noqa: F401  registers the models
+import gld_zoo
+from distill import cli
+
+CHECKOUT = Path(__file__).parent.parent
+BUNDLED = Path(gld_zoo.__file__).parent / "data" / "cifar100_mini"
+FEATURES = Features(img=Image(), fine_label=ClassLabel(names=["apple", "aquarium_fish", "baby", "bear"]))
 
 
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def rows():
+    """Columns of the bundled images of the first four classes, still encoded: 80 for training, 40 for tests."""
+    splits = load_dataset(str(BUNDLED))
+    columns = {}
+    for name, split in splits.items():
+        split = split.filter(lambda label: label < 4, input_columns="fine_label").cast_column("img", Image(decode=False))
+        columns[name] = {"img": list(split["img"]), "fine_label": list(split["fine_label"])}
+    return columns
+
+
+def write_dataset(folder, splits, features=FEATURES):
+    """Write `{split: columns}` in hub layout."""
+    for name, columns in splits.items():
+        path = folder / "data" / f"{name}-00000-of-00001.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Dataset.from_dict(columns, features=features).to_parquet(str(path))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_dataset(tmp_path_factory, rows):
+    """A folder in hub layout with 64 training and 33 test images of four classes."""
+    folder = tmp_path_factory.mktemp("tiny")
+    counts = dict(train=64, test=33)
+    return write_dataset(
+        folder, {name: {key: column[: counts[name]] for key, column in rows[name].items()} for name in counts}
+    )
+
+
+def launch(*options, processes=1):
+    """Run `train/distill.py` as a user does, in processes of its own; return what it printed."""
+    command = ["accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    if processes > 1:  # accelerate starts one process on a CPU whatever it is told
+        command = ["torch.distributed.run", "--nproc_per_node", str(processes), "--"]
+    result = subprocess.run(
+        [sys.executable, "-m", *command, str(CHECKOUT / "train" / "distill.py"), *map(str, options)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=dict(os.environ, PYTHONPATH=str(CHECKOUT), OMP_NUM_THREADS="1"),
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+@pytest.fixture
+def distill(capsys):
+    """Run `train/distill.py` in this process, which saves the imports; returns what it printed."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the runs of their own, for the same bits
+
+    def run(*options, fails=False):
+        capsys.readouterr()
+        message = ""
+        try:
+            cli([str(option) for option in options])
+        except SystemExit as stop:
+            message = str(stop.code)
+            assert fails and stop.code != 0, message
+        else:
+            assert not fails, "it should have failed"
+        printed = capsys.readouterr()
+        return message + printed.out + printed.err
+
+    yield run
+    torch.set_num_threads(threads)
+
+
+SMALL_RUN = ["--student", "gld_wrn16_1", "--epochs", 2, "--batch_size", 16, "--lr", 0.05]
+
+
+@pytest.fixture(scope="session")
+def teacher_run(tmp_path_factory, tiny_dataset):
+    """A finished run without a teacher, which the others distil from."""
+    folder = tmp_path_factory.mktemp("runs") / "teacher"
+    launch(*SMALL_RUN, "--dataset", tiny_dataset, "--run", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def student_run(tmp_path_factory, tiny_dataset, teacher_run):
+    """A finished run that distils from `teacher_run`."""
+    folder = tmp_path_factory.mktemp("runs") / "student"
+    teacher = f"local-dir:{teacher_run}/last"
+    output = launch(*SMALL_RUN, "--teacher", teacher, "--dataset", tiny_dataset, "--run", folder)
+    (folder / "printed.txt").write_text(output)
+    return folder
+
+
+def read_lines(path):
+    """Parse a file of JSON lines."""
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]

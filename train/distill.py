@@ -3,6 +3,7 @@
     accelerate launch train/distill.py --config train/recipes/quickstart.yaml
     accelerate launch --mixed_precision bf16 train/distill.py --config train/recipes/X.yaml --seed 1
     accelerate launch --num_processes 4 train/distill.py --config train/recipes/X.yaml --resume
+    torchrun --nproc_per_node 2 -- train/distill.py --config train/recipes/X.yaml --run DIR  # two CPU processes
 
 Precision, devices and process count are Accelerate's. Options: `--help`.
 """
@@ -293,9 +294,14 @@ def summarize(history: list[dict[str, Any]], teacher_top1: float | None) -> dict
     )
 
 
-if __name__ == "__main__":
-    command = parse_command(__doc__.splitlines()[0])
+def cli(arguments: list[str] | None = None) -> None:
+    """Run the command line; a mistake in it or in the data ends the program with one line that names it."""
+    command = parse_command(__doc__.splitlines()[0], arguments)
     try:
         main(command.recipe, command.run, resume=command.resume)
     except (DataError, ModelError, NonFiniteLossError, RunError) as error:
         sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    cli()

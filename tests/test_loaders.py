@@ -1,0 +1,191 @@
+"""From a dataset's name to batches: columns by type, real files, errors by row, and a seed that decides all."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from conftest import BUNDLED, FEATURES, write_dataset
+from datasets import Features, Image, Value
+from PIL import Image as PILImage
+
+from loaders import DataError, ImageSource, Split, TrainBatches, derive_seed, eval_batches
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+
+
+def encode(image, format="PNG"):
+    buffer = io.BytesIO()
+    image.save(buffer, format=format)
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def batches_of(split, **options):
+    defaults = dict(batch_size=8, crop_padding=4, flip=True, seed=3)
+    return TrainBatches(split, MEAN, STD, **{**defaults, **options})
+
+
+@pytest.fixture(scope="module")
+def split():
+    generator = torch.Generator().manual_seed(0)
+    return Split(torch.randint(256, (26, 12, 12, 3), dtype=torch.uint8, generator=generator), torch.arange(26))
+
+
+def test_bundled_images_are_real_balanced_and_small():
+    source = ImageSource(str(BUNDLED))
+    assert (source.image_column, source.label_column, len(source.label_names)) == ("img", "fine_label", 100)
+    train, test = source.decode(32)
+    assert train.images.shape == (2000, 32, 32, 3)
+    assert (train.labels.bincount() == 20).all()
+    assert (test.labels.bincount() == 10).all()
+    mean = train.images.float().mean((0, 1, 2)) / 255
+    torch.testing.assert_close(mean, torch.tensor([0.5071, 0.4865, 0.4409]), atol=0.01, rtol=0)  # of all 50,000
+    assert sum(path.stat().st_size for path in BUNDLED.rglob("*") if path.is_file()) < 6_000_000
+
+
+def test_pixels_are_those_of_the_files(tiny_dataset):
+    source = ImageSource(str(tiny_dataset))
+    train, _ = source.decode(32)
+    for row in (0, 63):
+        assert np.array_equal(train.images[row].numpy(), np.array(source.splits["train"][row]["img"].convert("RGB")))
+
+
+def test_every_colour_mode_becomes_rgb(tmp_path, rows):
+    colour = PILImage.open(io.BytesIO(rows["train"]["img"][0]["bytes"])).convert("RGB")
+    modes = [("L", "PNG"), ("RGBA", "PNG"), ("P", "PNG"), ("CMYK", "JPEG"), ("1", "PNG"), ("LA", "PNG"), ("I;16", "PNG")]
+    images = [encode(colour.convert("L").convert(mode) if mode == "I;16" else colour.convert(mode), f) for mode, f in modes]
+    columns = dict(img=images, fine_label=[0] * len(images))
+    folder = write_dataset(tmp_path, dict(train=columns, test=columns))
+    train, _ = ImageSource(str(folder)).decode(32)
+    grey = np.array(colour.convert("L"))
+    assert np.array_equal(train.images[0].numpy(), np.repeat(grey[..., None], 3, axis=2))
+    assert np.array_equal(train.images[1].numpy(), np.array(colour))
+
+
+def test_unreadable_image_is_named_by_row(tmp_path, rows):
+    columns = {key: column[:20] for key, column in rows["train"].items()}
+    broken = dict(columns, img=[*columns["img"][:13], {"bytes": b"no image", "path": None}, *columns["img"][14:]])
+    folder = write_dataset(tmp_path, dict(train=broken, test=columns))
+    with pytest.raises(DataError, match="row 13 of split 'train'.*not a readable image"):
+        ImageSource(str(folder)).decode(32)
+
+
+def test_truncated_image_is_named_by_row(tmp_path, rows):
+    columns = {key: column[:4] for key, column in rows["train"].items()}
+    half = columns["img"][2]["bytes"]
+    broken = dict(columns, img=[*columns["img"][:2], {"bytes": half[: len(half) // 2], "path": None}, columns["img"][3]])
+    folder = write_dataset(tmp_path, dict(train=columns, test=broken))
+    with pytest.raises(DataError, match="row 2 of split 'test'"):
+        ImageSource(str(folder)).decode(32)
+
+
+def test_missing_label_is_named_by_row(tmp_path, rows):
+    columns = {key: column[:6] for key, column in rows["train"].items()}
+    broken = dict(columns, fine_label=[0, 1, None, 2, 3, -1])
+    folder = write_dataset(tmp_path, dict(train=broken, test=columns), FEATURES)
+    with pytest.raises(DataError, match=r"row 2 of split 'train'.*label None, outside 0 to 3 \(2 such rows\)"):
+        ImageSource(str(folder)).decode(32)
+
+
+def test_integer_labels_are_taken_by_name(tmp_path, rows):
+    columns = {key: column[:10] for key, column in rows["train"].items()}
+    columns["fine_label"] = [0, 1, 2, 3, 4, 0, 1, 2, 3, 4]
+    folder = write_dataset(tmp_path, dict(train=columns, test=columns), Features(img=Image(), fine_label=Value("int64")))
+    with pytest.raises(DataError, match="no column of type ClassLabel"):
+        ImageSource(str(folder))
+    source = ImageSource(str(folder), label_column="fine_label")
+    assert source.label_names == ["0", "1", "2", "3", "4"]
+
+
+def test_image_folder_of_mixed_sizes_is_resized(tmp_path, rows):
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i, size in enumerate([(40, 60), (33, 33), (90, 48)]):
+                image = PILImage.open(io.BytesIO(rows[split]["img"][i]["bytes"])).convert("RGB")
+                image.resize(size).save(tmp_path / split / name / f"{i}.png")
+    source = ImageSource(str(tmp_path))
+    train, test = source.decode(24)
+    assert source.label_names == ["cat", "dog"]
+    assert train.images.shape == test.images.shape == (6, 24, 24, 3)
+    assert sorted(train.labels.tolist()) == [0, 0, 0, 1, 1, 1]
+
+
+def test_validation_stands_in_for_a_missing_test_split(tmp_path, rows):
+    columns = {key: column[:4] for key, column in rows["train"].items()}
+    folder = write_dataset(tmp_path, dict(train=columns, validation=columns))
+    assert ImageSource(str(folder)).test_split == "validation"
+    with pytest.raises(DataError, match="no split 'test'; it has train, validation"):
+        ImageSource(str(folder), test_split="test")
+
+
+def test_too_large_for_memory_is_refused_before_decoding():
+    with pytest.raises(DataError, match="use a smaller image_size"):
+        ImageSource(str(BUNDLED)).decode(4000)
+
+
+def crop(split, index, top, left, flip):
+    padded = torch.nn.functional.pad(split.images[index], (0, 0, 4, 4, 4, 4))
+    window = padded[top : top + 12, left : left + 12].float() / 255
+    window = window.flip(1) if flip else window
+    return ((window - torch.tensor(MEAN)) / torch.tensor(STD)).permute(2, 0, 1)
+
+
+def test_batches_are_crops_of_the_padded_images(split):
+    for images, labels in batches_of(split).epoch(0):
+        assert images.shape == (8, 3, 12, 12)
+        assert images.is_contiguous(memory_format=torch.channels_last)
+        for image, label in zip(images, labels.tolist(), strict=True):  # the label is the image's index
+            candidates = (
+                crop(split, label, top, left, flip) for top in range(9) for left in range(9) for flip in (False, True)
+            )
+            assert any(torch.allclose(image, candidate, atol=1e-5) for candidate in candidates)
+
+
+def test_without_augmentation_batches_are_the_normalised_images(split):
+    for images, labels in batches_of(split, crop_padding=0, flip=False).epoch(0):
+        for image, label in zip(images, labels.tolist(), strict=True):
+            torch.testing.assert_close(image, crop(split, label, 4, 4, False))
+
+
+def test_an_epoch_shows_each_image_at_most_once_and_epochs_differ(split):
+    batches = batches_of(split)
+    orders = [torch.cat([labels for _, labels in batches.epoch(epoch)]).tolist() for epoch in (0, 1, 0)]
+    assert len(batches) == 3
+    assert len(set(orders[0])) == len(orders[0]) == 24
+    assert orders[0] == orders[2] != orders[1]
+
+
+def test_augmentation_belongs_to_the_image_not_to_its_place_in_the_batch(split):
+    whole = {int(label): image for images, labels in batches_of(split).epoch(2) for image, label in zip(images, labels)}
+    halves = batches_of(split, batch_size=12).epoch(2)
+    for images, labels in halves:
+        for image, label in zip(images, labels.tolist(), strict=True):
+            if label in whole:
+                assert torch.equal(image, whole[label])
+
+
+def test_processes_share_each_global_batch(split):
+    whole = list(batches_of(split).epoch(1))
+    parts = [list(batches_of(split, rank=rank, world_size=2).epoch(1)) for rank in range(2)]
+    for (images, labels), first, second in zip(whole, *parts, strict=True):
+        assert torch.equal(images[0::2], first[0])
+        assert torch.equal(labels[1::2], second[1])
+    with pytest.raises(ValueError, match="batch_size=8 cannot be shared equally by 3"):
+        batches_of(split, world_size=3)
+
+
+def test_evaluation_neither_drops_nor_pads(split):
+    for world_size in (1, 2, 3):
+        seen = []
+        for rank in range(world_size):
+            for images, labels in eval_batches(split, MEAN, STD, batch_size=8, rank=rank, world_size=world_size):
+                torch.testing.assert_close(images[0], crop(split, int(labels[0]), 4, 4, False))
+                seen += labels.tolist()
+        assert sorted(seen) == list(range(26))
+
+
+def test_seeds_differ_in_every_part():
+    seeds = {derive_seed(*parts) for parts in [(0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0)]}
+    assert len(seeds) == 6
+    assert all(0 <= seed < 2**32 for seed in seeds)

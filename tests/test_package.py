@@ -1,0 +1,41 @@
+"""What importing the package does, and does not."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+CHECKOUT = Path(__file__).parent.parent
+
+
+def run(code):
+    result = subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_import_is_cheap_quiet_and_offline():
+    output = run(
+        "import logging, random, socket, sys, time\n"
+        "def refuse(*args, **kwargs): raise AssertionError('network')\n"
+        "socket.socket.connect = socket.getaddrinfo = refuse\n"
+        "import timm, torch\n"
+        "state, handlers = torch.get_rng_state(), list(logging.root.handlers)\n"
+        "before = set(sys.modules)\n"
+        "start = time.perf_counter()\n"
+        "import gld_zoo\n"
+        "seconds = time.perf_counter() - start\n"
+        "new = set(sys.modules) - before\n"
+        "assert torch.equal(state, torch.get_rng_state()) and handlers == logging.root.handlers\n"
+        "for name in ('accelerate', 'datasets', 'jsonargparse', 'matplotlib'):\n"
+        "    assert name not in new, name\n"
+        "print(seconds)\n"
+    )
+    assert float(output) < 0.3  # 0.01 s measured
+
+
+def test_package_never_imports_the_trainer():
+    for path in (CHECKOUT / "gld_zoo").glob("*.py"):
+        source = path.read_text()
+        for name in ("accelerate", "datasets", "jsonargparse", "train"):
+            assert f"import {name}" not in source, path
+            assert f"from {name} " not in source, path

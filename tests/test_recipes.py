@@ -1,0 +1,71 @@
+"""Recipes: one declaration, three sources, unknown keys refused, every shipped file usable."""
+
+from pathlib import Path
+
+import pytest
+import timm
+
+from recipe import Recipe, parse_command
+
+RECIPES = sorted((Path(__file__).parent.parent / "train" / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_parses_and_names_its_command_and_known_models(path):
+    recipe = Recipe.load(path)
+    header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    assert any(f"train/distill.py --config train/recipes/{path.name}" in line for line in header)
+    for name in filter(None, (recipe.student, recipe.teacher)):
+        assert timm.is_model(name.split(".")[0]), name
+
+
+def test_defaults_are_the_papers_cifar_setting():
+    recipe = Recipe(student="gld_resnet20")
+    expected = dict(epochs=200, batch_size=64, lr=0.1, momentum=0.9, weight_decay=5e-4, grid=2, alpha=0.7, beta=500.0)
+    assert {name: getattr(recipe, name) for name in expected} == expected
+    assert [recipe.lr_at(epoch) for epoch in (0, 99, 100, 149, 150, 199)] == pytest.approx(
+        [0.1, 0.1, 0.01, 0.01, 0.001, 0.001]
+    )
+
+
+def test_command_line_goes_before_the_file_and_the_file_before_the_defaults(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("student: gld_resnet20\nlr: 5e-2\nepochs: 7\n")
+    command = parse_command("", ["--config", str(path), "--epochs", "3"])
+    assert (command.recipe.lr, command.recipe.epochs, command.recipe.batch_size) == (0.05, 3, 64)
+    assert command.run == Path("runs/mine-0")
+    assert not command.resume
+
+
+def test_saved_recipe_reads_back_the_same(tmp_path):
+    recipe = Recipe(student="gld_resnet20", weight_decay=1e-5, lr_drops=[0.3, 0.6, 0.9], teacher="local-dir:runs/x/last")
+    recipe.save(tmp_path / "recipe.yaml")
+    assert Recipe.load(tmp_path / "recipe.yaml") == recipe
+    assert parse_command("", ["--config", str(tmp_path / "recipe.yaml")]).recipe == recipe
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("student: gld_resnet20\nepoch: 3\n", "epoch"),
+        ("student: gld_resnet20\nepochs: soon\n", "epochs"),
+        ("student: gld_resnet20\nlr_drops: [0.5, 1.5]\n", "lr_drops"),
+        ("student: gld_resnet20\nbatch_size: 0\n", "batch_size=0"),
+        ("epochs: 3\n", "student"),
+    ],
+)
+def test_mistakes_in_a_recipe_end_the_program_and_are_named(tmp_path, capsys, text, message):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        parse_command("", ["--config", str(path)])
+    assert stop.value.code != 0
+    assert message in capsys.readouterr().err
+
+
+def test_help_explains_every_option(capsys):
+    with pytest.raises(SystemExit):
+        parse_command("", ["--help"])
+    text = capsys.readouterr().out
+    for name in Recipe.__dataclass_fields__:
+        assert f"--{name} " in text

@@ -1,0 +1,85 @@
+"""Write the tables of README.md and MODEL_CARD.md from gld_zoo/results.json.
+
+    python train/card.py
+
+A table stands between `<!-- results:NAME -->` and `<!-- /results -->`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+DOCUMENTS = [CHECKOUT / "README.md", CHECKOUT / "MODEL_CARD.md"]
+ROLES = ("teacher", "alone", "gld")
+
+
+def setups_table(results: dict[str, Any]) -> list[str]:
+    """Return one line a setup: ours at the last epoch beside the paper's."""
+    lines = [
+        "| setup | teacher → student | epochs: teacher, student | teacher | student alone | student, GLD |",
+        "|---|---|---|---|---|---|",
+    ]
+    for setup, paper in results["paper"].items():
+        ours = {entry["role"]: entry for entry in results["weights"].values() if entry["setup"] == setup}
+        if not ours:
+            continue
+        cells = [f"{score(ours.get(role))} ({paper[role]['top1']:.2f})" for role in ROLES]
+        epochs = ", ".join(str(ours[role]["epochs"]) if role in ours else "–" for role in ("teacher", "gld"))
+        pair = f"{paper['teacher']['model']} → {paper['gld']['model']}"
+        lines.append(f"| {setup} | {pair} | {epochs} (paper: {paper['epochs']}) | {' | '.join(cells)} |")
+    return lines
+
+
+def weights_table(results: dict[str, Any]) -> list[str]:
+    """Return one line a set of weights: what it is, how it was trained, last and best epoch."""
+    lines = [
+        "| weights | parameters | top-1 | top-5 | recipe, changes | seeds | precision, hardware | hours | best epoch |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, entry in results["weights"].items():
+        changes = ", ".join(f"{key} {value}" for key, value in entry["changes"].items()) or "none"
+        best = "; ".join(f"{run['best_epoch_top1']:.2f} at {run['best_epoch']}" for run in entry["runs"])
+        lines.append(
+            f"| `{name}` | {entry['parameters']:,} | {score(entry)} | {score(entry, 'top5')} | "
+            f"{entry['recipe']}, {changes} | {', '.join(str(run['seed']) for run in entry['runs'])} | "
+            f"{entry['precision']}, {entry['hardware']} | {sum(run['hours'] for run in entry['runs']):.1f} | {best} |"
+        )
+    return lines
+
+
+def score(entry: dict[str, Any] | None, key: str = "top1") -> str:
+    """Return a mean over seeds, with the standard deviation where there are several."""
+    if entry is None:
+        return "–"
+    values = [run[key] for run in entry["runs"]]
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{spread}"
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {"setups": setups_table, "weights": weights_table}
+
+
+def fill(text: str, results: dict[str, Any]) -> str:
+    """Return a document with its tables rewritten."""
+
+    def table(match: re.Match[str]) -> str:
+        return "\n".join([match[1], *TABLES[match[2]](results), match[3]])
+
+    return re.sub(r"(<!-- results:(\w+) -->)\n.*?(<!-- /results -->)", table, text, flags=re.DOTALL)
+
+
+def main() -> None:
+    """Rewrite the tables of all documents."""
+    results = json.loads((CHECKOUT / "gld_zoo" / "results.json").read_text(encoding="utf-8"))
+    for path in DOCUMENTS:
+        path.write_text(fill(path.read_text(encoding="utf-8"), results), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
