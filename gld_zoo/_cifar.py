@@ -1,7 +1,8 @@
 """What the two 32 x 32 families share: three stages, one head, timm's whole model contract.
 
-`cifar_resnet.py` and `cifar_wrn.py` build a stem, three stages and a final norm; everything timm asks
-of a model beyond that (features, pruning, classifier reset, checkpointing) is the same and lives here.
+`cifar_resnet.py` and `cifar_wrn.py` build a stem, three stages and a final norm; everything timm
+asks of a model beyond that (features, pruning, classifier reset, checkpointing) is the same and
+lives here.
 """
 
 from pathlib import Path
@@ -53,7 +54,9 @@ class Stage(NamedTuple):
 def plan_stages(output_stride: int) -> list[Stage]:
     """Return the three stages' geometry; strides beyond `output_stride` become dilation."""
     if output_stride not in (1, 2, 4):
-        raise ValueError(f"output_stride={output_stride} is not 1, 2 or 4, the strides of a 32 x 32 network")
+        raise ValueError(
+            f"output_stride={output_stride} is not 1, 2 or 4, the strides of a 32 x 32 network"
+        )
     stages, reduction, dilation = [], 1, 1
     for stride in (1, 2, 2):
         first_dilation = dilation
@@ -175,7 +178,9 @@ class CifarNet(LocalLogits, nn.Module):
             intermediates_only: Return the list alone.
         """
         if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt={output_fmt!r} is not available; a convolutional network gives 'NCHW'")
+            raise ValueError(
+                f"output_fmt={output_fmt!r} is not available; a convolutional network gives 'NCHW'"
+            )
         take_indices, max_index = feature_take_indices(3, indices)
         stages = [self.layer1, self.layer2, self.layer3]
         intermediates = []
@@ -195,7 +200,9 @@ class CifarNet(LocalLogits, nn.Module):
         take_indices, max_index = feature_take_indices(3, indices)
         prune_end = max_index < 2
         for i in range(max_index + 1, 3):
-            setattr(self, f"layer{i + 1}", nn.Sequential())  # empty, so that checkpoint_seq can iterate it
+            setattr(
+                self, f"layer{i + 1}", nn.Sequential()
+            )  # empty, so that checkpoint_seq can iterate it
         if prune_norm or prune_end:
             self.norm = nn.Identity()  # sized for the last stage
         if prune_end:

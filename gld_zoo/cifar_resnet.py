@@ -1,8 +1,8 @@
 """ResNet for 32 x 32 images.
 
-He et al., "Deep Residual Learning for Image Recognition", https://arxiv.org/abs/1512.03385, section 4.2:
-a 3 x 3 stem, three stages of 16, 32 and 64 channels, depth 6n + 2. Shortcuts that change shape are 1 x 1
-projections, as in GLD (ICCV 2021). The blocks are timm's.
+He et al., "Deep Residual Learning for Image Recognition", https://arxiv.org/abs/1512.03385, section
+4.2: a 3 x 3 stem, three stages of 16, 32 and 64 channels, depth 6n + 2. Shortcuts that change shape
+are 1 x 1 projections, as in GLD (ICCV 2021). The blocks are timm's.
 """
 
 from __future__ import annotations
@@ -25,9 +25,18 @@ def _stage(in_chs: int, out_chs: int, blocks: int, plan: Stage, **dd: Any) -> nn
     if plan.stride != 1 or in_chs != out_chs:
         downsample = downsample_conv(in_chs, out_chs, kernel_size=1, stride=plan.stride, **dd)
     first = BasicBlock(
-        in_chs, out_chs, plan.stride, downsample, dilation=plan.dilation, first_dilation=plan.first_dilation, **dd
+        in_chs,
+        out_chs,
+        plan.stride,
+        downsample,
+        dilation=plan.dilation,
+        first_dilation=plan.first_dilation,
+        **dd,
     )
-    return nn.Sequential(first, *(BasicBlock(out_chs, out_chs, dilation=plan.dilation, **dd) for _ in range(blocks - 1)))
+    return nn.Sequential(
+        first,
+        *(BasicBlock(out_chs, out_chs, dilation=plan.dilation, **dd) for _ in range(blocks - 1)),
+    )
 
 
 class CifarResNet(CifarNet):
@@ -69,7 +78,10 @@ class CifarResNet(CifarNet):
         inputs = (widths[0], *widths[:2])
         super().__init__(
             stem,
-            [_stage(i, o, (depth - 2) // 6, plan, **dd) for i, o, plan in zip(inputs, widths, plans, strict=True)],
+            [
+                _stage(i, o, (depth - 2) // 6, plan, **dd)
+                for i, o, plan in zip(inputs, widths, plans, strict=True)
+            ],
             nn.Identity(),
             widths=widths,
             reductions=tuple(plan.reduction for plan in plans),

@@ -1,7 +1,7 @@
 """Wide ResNet for 32 x 32 images.
 
-Zagoruyko and Komodakis, "Wide Residual Networks", https://arxiv.org/abs/1605.07146: pre-activation blocks,
-three stages of 16k, 32k and 64k channels, depth 6n + 4, no dropout inside the blocks.
+Zagoruyko and Komodakis, "Wide Residual Networks", https://arxiv.org/abs/1605.07146: pre-activation
+blocks, three stages of 16k, 32k and 64k channels, depth 6n + 4, no dropout inside the blocks.
 """
 
 from __future__ import annotations
@@ -22,17 +22,32 @@ class PreActBlock(nn.Module):
     """Pre-activation residual block; a shortcut that changes shape starts after the first activation."""
 
     def __init__(
-        self, in_chs: int, out_chs: int, stride: int = 1, dilation: int = 1, first_dilation: int = 1, **dd: Any
+        self,
+        in_chs: int,
+        out_chs: int,
+        stride: int = 1,
+        dilation: int = 1,
+        first_dilation: int = 1,
+        **dd: Any,
     ) -> None:
         super().__init__()
         self.bn1 = nn.BatchNorm2d(in_chs, **dd)
         self.act1 = nn.ReLU(inplace=True)
         self.conv1 = nn.Conv2d(
-            in_chs, out_chs, 3, stride=stride, padding=first_dilation, dilation=first_dilation, bias=False, **dd
+            in_chs,
+            out_chs,
+            3,
+            stride=stride,
+            padding=first_dilation,
+            dilation=first_dilation,
+            bias=False,
+            **dd,
         )
         self.bn2 = nn.BatchNorm2d(out_chs, **dd)
         self.act2 = nn.ReLU(inplace=True)
-        self.conv2 = nn.Conv2d(out_chs, out_chs, 3, padding=dilation, dilation=dilation, bias=False, **dd)
+        self.conv2 = nn.Conv2d(
+            out_chs, out_chs, 3, padding=dilation, dilation=dilation, bias=False, **dd
+        )
         self.downsample = None
         if stride != 1 or in_chs != out_chs:
             self.downsample = nn.Conv2d(in_chs, out_chs, 1, stride=stride, bias=False, **dd)
@@ -51,7 +66,10 @@ class PreActBlock(nn.Module):
 
 def _stage(in_chs: int, out_chs: int, blocks: int, plan: Stage, **dd: Any) -> nn.Sequential:
     first = PreActBlock(in_chs, out_chs, plan.stride, plan.dilation, plan.first_dilation, **dd)
-    rest = (PreActBlock(out_chs, out_chs, 1, plan.dilation, plan.dilation, **dd) for _ in range(blocks - 1))
+    rest = (
+        PreActBlock(out_chs, out_chs, 1, plan.dilation, plan.dilation, **dd)
+        for _ in range(blocks - 1)
+    )
     return nn.Sequential(first, *rest)
 
 
@@ -83,14 +101,21 @@ class CifarWideResNet(CifarNet):
         if depth < 10 or (depth - 4) % 6:
             raise ValueError(f"depth={depth} is not 6n + 4; use 16 or 22")
         dd: dict[str, Any] = dict(device=device, dtype=dtype)
-        stem = nn.Sequential(OrderedDict(conv=nn.Conv2d(in_chans, 16, 3, padding=1, bias=False, **dd)))
+        stem = nn.Sequential(
+            OrderedDict(conv=nn.Conv2d(in_chans, 16, 3, padding=1, bias=False, **dd))
+        )
         plans = plan_stages(output_stride)
         widths = (16 * width, 32 * width, 64 * width)
         inputs = (16, *widths[:2])
         super().__init__(
             stem,
-            [_stage(i, o, (depth - 4) // 6, plan, **dd) for i, o, plan in zip(inputs, widths, plans, strict=True)],
-            nn.Sequential(OrderedDict(bn=nn.BatchNorm2d(widths[2], **dd), act=nn.ReLU(inplace=True))),
+            [
+                _stage(i, o, (depth - 4) // 6, plan, **dd)
+                for i, o, plan in zip(inputs, widths, plans, strict=True)
+            ],
+            nn.Sequential(
+                OrderedDict(bn=nn.BatchNorm2d(widths[2], **dd), act=nn.ReLU(inplace=True))
+            ),
             widths=widths,
             reductions=tuple(plan.reduction for plan in plans),
             num_classes=num_classes,

@@ -21,7 +21,8 @@ class GLDResNet(LocalLogits, ResNet):
 
 
 def _create_gld_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -> GLDResNet:
-    # timm zeroes the last norm of each block by default; the paper's networks start from plain He initialisation
+    # timm zeroes the last norm of each block by default; the paper's networks start from plain He
+    # initialisation
     model_args = dict(block=BasicBlock, zero_init_last=False)
     return build_model_with_cfg(GLDResNet, variant, pretrained, **dict(model_args, **kwargs))
 
@@ -52,10 +53,14 @@ default_cfgs = generate_default_cfgs(
 @register_model
 def gld_resnet18(pretrained: bool = False, **kwargs: Any) -> GLDResNet:
     """Build ResNet-18, 11.7M parameters with 1000 classes; the paper's ImageNet and downstream student."""
-    return _create_gld_resnet("gld_resnet18", pretrained, **dict(dict(layers=(2, 2, 2, 2)), **kwargs))
+    return _create_gld_resnet(
+        "gld_resnet18", pretrained, **dict(dict(layers=(2, 2, 2, 2)), **kwargs)
+    )
 
 
 @register_model
 def gld_resnet34(pretrained: bool = False, **kwargs: Any) -> GLDResNet:
     """Build ResNet-34, 21.8M parameters with 1000 classes; the paper's ImageNet and downstream teacher."""
-    return _create_gld_resnet("gld_resnet34", pretrained, **dict(dict(layers=(3, 4, 6, 3)), **kwargs))
+    return _create_gld_resnet(
+        "gld_resnet34", pretrained, **dict(dict(layers=(3, 4, 6, 3)), **kwargs)
+    )

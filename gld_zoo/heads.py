@@ -8,7 +8,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# model -> the classifier its head was checked with; reset_classifier makes a new one, so it is checked again
+# model -> the classifier its head was checked with; reset_classifier makes a new one, so it is
+# checked again
 _checked_heads: weakref.WeakKeyDictionary[nn.Module, weakref.ref] = weakref.WeakKeyDictionary()
 
 
@@ -23,8 +24,8 @@ class LocalLogits:
 class GlobalLocal(nn.Module):
     """Wrap a timm CNN so that its forward returns global and local logits `[B, 1+L, K]`.
 
-    This is what a data-parallel trainer wraps: one `forward` that returns all the loss needs. The wrapper
-    owns no parameter; `wrapped.model.state_dict()` is the model's own.
+    This is what a data-parallel trainer wraps: one `forward` that returns all the loss needs. The
+    wrapper owns no parameter; `wrapped.model.state_dict()` is the model's own.
 
     Args:
         model: Any timm CNN that `global_local_logits` takes.
@@ -44,20 +45,24 @@ class GlobalLocal(nn.Module):
 def global_local_logits(model: nn.Module, images: torch.Tensor, grid: int = 2) -> torch.Tensor:
     """Classify the whole feature map and each cell of a `grid` x `grid` tiling of it, by the model's own head.
 
-    Each average-pooled cell goes through `model.forward_head` as a 1 x 1 map, so that norms and 1 x 1
-    convolutions of the head count. Under autocast the head runs in float32: the relation term is a sum
-    of differences of logits and does not survive bfloat16.
+    Each average-pooled cell goes through `model.forward_head` as a 1 x 1 map, so that norms and 1 x
+    1 convolutions of the head count. Under autocast the head runs in float32: the relation term is
+    a sum of differences of logits and does not survive bfloat16.
 
     Args:
-        model: A timm CNN with a `[B, D, H, W]` feature map and a head that begins with average pooling.
+        model: A timm CNN with a `[B, D, H, W]` feature map and a head that begins with average
+            pooling.
         images: Normalised images `[B, C, H, W]`.
-        grid: Cells along each side, L = grid². Where it does not divide the map, pooling is adaptive.
+        grid: Cells along each side, L = grid². Where it does not divide the map, pooling is
+            adaptive.
 
     Returns:
-        Logits `[B, 1+L, K]`: row 0 equals `model(images)`, then the cells row by row, top left first.
+        Logits `[B, 1+L, K]`: row 0 equals `model(images)`, then the cells row by row, top left
+        first.
 
     Raises:
-        ValueError: If the model has no such map, no such head or no classifier, or `grid` is finer than the map.
+        ValueError: If the model has no such map, no such head or no classifier, or `grid` is finer
+            than the map.
 
     Source: equation of the local logits, GLD (ICCV 2021), section 3.
     """
@@ -130,7 +135,8 @@ def _check_head(model: nn.Module, features: torch.Tensor) -> None:
     finally:
         for module in training:
             module.training = True
-    # rounding alone (8 bits in bfloat16) stays far below 5%; another pooling is off by the size of the logits
+    # rounding alone (8 bits in bfloat16) stays far below 5%; another pooling is off by the size of
+    # the logits
     if whole.shape != pooled.shape or (whole - pooled).abs().max() > 0.05 * whole.abs().max():
         raise ValueError(
             f"the head of {type(model).__name__} does not begin with average pooling: it gives other logits for a "

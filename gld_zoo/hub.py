@@ -34,11 +34,15 @@ def save_pretrained(
         ValueError: If the number of names is not the model's number of classes.
     """
     if label_names is not None and len(label_names) != model.num_classes:
-        raise ValueError(f"{len(label_names)} label_names for a model of {model.num_classes} classes")
+        raise ValueError(
+            f"{len(label_names)} label_names for a model of {model.num_classes} classes"
+        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     # safetensors refuses the channels-last layout
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    tensors = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
+    }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     model_config = dict(label_names=label_names) if label_names else None
     config_path = folder / "config.json"

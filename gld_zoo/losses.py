@@ -15,15 +15,16 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-# The plain form works on this many entries of a distance matrix at a time: 16 MiB of float32 a matrix.
+# The plain form works on this many entries of a distance matrix at a time: 16 MiB of float32 a
+# matrix.
 _BLOCK_ENTRIES = 1 << 22
 
 
 def logit_kl(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     """Compute KL(teacher || student) of logits that are each divided by their own standard deviation.
 
-    The standard deviation over the K classes is the unbiased one; there is no temperature. A constant row
-    stands for the uniform distribution.
+    The standard deviation over the K classes is the unbiased one; there is no temperature. A
+    constant row stands for the uniform distribution.
 
     Args:
         student: Logits `[..., K]`.
@@ -40,26 +41,30 @@ def logit_kl(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
 def _divide_by_std(logits: torch.Tensor) -> torch.Tensor:
     centred = logits - logits.mean(-1, keepdim=True)
     variance = centred.square().sum(-1, keepdim=True) / max(logits.shape[-1] - 1, 1)
-    # what rounding leaves of a constant row is not a spread; nor may 1 / std overflow in the backward pass
+    # what rounding leaves of a constant row is not a spread; nor may 1 / std overflow in the
+    # backward pass
     info = torch.finfo(logits.dtype)
     floor = (4 * info.eps * logits.detach().abs().amax(-1, keepdim=True)).square() + info.tiny**0.5
     return centred * torch.where(variance > floor, variance, 1.0).rsqrt()
 
 
-def relation(student: torch.Tensor, teacher: torch.Tensor, *, global_batch: bool = False) -> torch.Tensor:
+def relation(
+    student: torch.Tensor, teacher: torch.Tensor, *, global_batch: bool = False
+) -> torch.Tensor:
     """Compare the relations among all rows of logits: `1/N² sum (D(teacher) - D(student))²`.
 
-    D holds the squared Euclidean distances between all rows, each of its rows divided by that row's L2
-    norm. Two exact forms, chosen by shape: a linear-time one over moments of the batch, O(N K²), and the
-    plain one in blocks of rows, O(N² K), that never holds a matrix of N x N. If all rows of one side are
-    identical its D is zero and each row counts 1, if those of both sides are, 0; the gradient is zero there.
+    D holds the squared Euclidean distances between all rows, each of its rows divided by that row's
+    L2 norm. Two exact forms, chosen by shape: a linear-time one over moments of the batch, O(N K²),
+    and the plain one in blocks of rows, O(N² K), that never holds a matrix of N x N. If all rows of
+    one side are identical its D is zero and each row counts 1, if those of both sides are, 0; the
+    gradient is zero there.
 
     Args:
         student: Logits `[N, K]`, global and local rows of all images alike.
         teacher: Logits `[N, K]`; receives no gradient.
-        global_batch: Take the rows of all processes of the default process group together. Each process
-            then holds the same value and, times the process count, its share of the gradient, so that
-            data-parallel averaging gives exactly one process's gradient.
+        global_batch: Take the rows of all processes of the default process group together. Each
+            process then holds the same value and, times the process count, its share of the
+            gradient, so that data-parallel averaging gives exactly one process's gradient.
 
     Returns:
         A scalar in float32, or in float64 for float64 input.
@@ -81,7 +86,9 @@ def relation(student: torch.Tensor, teacher: torch.Tensor, *, global_batch: bool
         student_rows, student_flat = _centre(student, rows, dtype, reduce)
         teacher_rows, teacher_flat = _centre(teacher.detach(), rows, dtype, reduce)
         if student_rows.dtype == torch.float64 and _linear_is_cheaper(rows, student.shape[1]):
-            return _relation_linear(student_rows, teacher_rows, student_flat, teacher_flat, rows, reduce).to(dtype)
+            return _relation_linear(
+                student_rows, teacher_rows, student_flat, teacher_flat, rows, reduce
+            ).to(dtype)
         student_rows, teacher_rows = student_rows.to(dtype), teacher_rows.to(dtype)
         if world_size > 1:
             student_rows, teacher_rows = _gather_rows(student_rows), _gather_rows(teacher_rows)
@@ -92,11 +99,13 @@ def _linear_is_cheaper(rows: int, classes: int) -> bool:
     return rows > 2 * classes
 
 
-def _centre(logits: torch.Tensor, rows: int, dtype: torch.dtype, reduce) -> tuple[torch.Tensor, torch.Tensor]:
+def _centre(
+    logits: torch.Tensor, rows: int, dtype: torch.dtype, reduce
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return centred rows scaled to a largest entry of 1, and whether all rows are identical up to rounding.
 
-    Distances do not change under a shift, and the relation not under a scale, so the scale needs no gradient;
-    both keep the arithmetic that follows far from cancellation, overflow and underflow.
+    Distances do not change under a shift, and the relation not under a scale, so the scale needs no
+    gradient; both keep the arithmetic that follows far from cancellation, overflow and underflow.
     """
     wide = dtype if logits.device.type == "mps" else torch.float64  # MPS has no float64
     info = torch.finfo(dtype)
@@ -130,7 +139,9 @@ def _relation_linear(
         (teacher, teacher_sq, student, student_sq),
     )
     moments = reduce(torch.stack([_moments(*pair) for pair in pairs]))
-    ss, tt, ts = (_row_products(*pair, moment, rows) for pair, moment in zip(pairs, moments, strict=True))
+    ss, tt, ts = (
+        _row_products(*pair, moment, rows) for pair, moment in zip(pairs, moments, strict=True)
+    )
     either = student_flat | teacher_flat
     cosine = ts / torch.where(either, 1.0, ss * tt).sqrt()
     cosine = torch.where(either, torch.where(student_flat & teacher_flat, 1.0, 0.5), cosine)
@@ -144,7 +155,12 @@ def _moments(x: torch.Tensor, a: torch.Tensor, y: torch.Tensor, b: torch.Tensor)
 
 
 def _row_products(
-    x: torch.Tensor, a: torch.Tensor, y: torch.Tensor, b: torch.Tensor, moments: torch.Tensor, rows: int
+    x: torch.Tensor,
+    a: torch.Tensor,
+    y: torch.Tensor,
+    b: torch.Tensor,
+    moments: torch.Tensor,
+    rows: int,
 ) -> torch.Tensor:
     """Return, for each row r, the inner product over c of |x_r - x_c|² and |y_r - y_c|² (a = |x|², b = |y|²).
 
@@ -154,7 +170,9 @@ def _row_products(
     scalars, xb, ya, xy = moments.split([3, k, k, k * k])
     sum_a, sum_b, sum_ab = scalars.unbind()
     quadratic = ((x @ xy.view(k, k)) * y).sum(1)
-    return rows * a * b + a * sum_b + b * sum_a + sum_ab - 2 * (x @ xb) - 2 * (y @ ya) + 4 * quadratic
+    return (
+        rows * a * b + a * sum_b + b * sum_a + sum_ab - 2 * (x @ xb) - 2 * (y @ ya) + 4 * quadratic
+    )
 
 
 class _RelationBlocks(torch.autograd.Function):
@@ -193,7 +211,9 @@ class _RelationBlocks(torch.autograd.Function):
         return gradient * grad_output, None
 
 
-def _unit_distances(x: torch.Tensor, squares: torch.Tensor, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
+def _unit_distances(
+    x: torch.Tensor, squares: torch.Tensor, part: slice
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return rows `part` of the squared distances, each divided by its norm, and the norms (1 where zero)."""
     distances = torch.addmm(squares, x[part], x.T, alpha=-2).add_(squares[part, None]).clamp_(min=0)
     distances.diagonal(part.start).zero_()
@@ -205,18 +225,20 @@ def _unit_distances(x: torch.Tensor, squares: torch.Tensor, part: slice) -> tupl
 class GLDLoss(nn.Module):
     """The GLD loss: weighs cross-entropy, the two distillation terms and the relation.
 
-    `(1 - alpha) CE + alpha KL_global + local_weight sum_l KL_l + beta relation`, where KL and CE are means
-    over the batch and the local term is a sum over the L cells. A weight of 0 turns its term off.
+    `(1 - alpha) CE + alpha KL_global + local_weight sum_l KL_l + beta relation`, where KL and CE
+    are means over the batch and the local term is a sum over the L cells. A weight of 0 turns its
+    term off.
 
-    The relation scales as 1/N: `beta=500` belongs to a batch of 64 images and grid 2 (N = 320). To keep the
-    balance at another batch or grid, scale beta by N / 320.
+    The relation scales as 1/N: `beta=500` belongs to a batch of 64 images and grid 2 (N = 320). To
+    keep the balance at another batch or grid, scale beta by N / 320.
 
     Args:
         alpha: Share of the global distillation against cross-entropy, from 0 to 1.
         beta: Weight of the relation.
         local_weight: Weight of the local distillation.
-        global_batch: Take the relation over the batches of all processes together, while gradients are
-            enabled and a process group is initialised. The other terms stay means over the local batch.
+        global_batch: Take the relation over the batches of all processes together, while gradients
+            are enabled and a process group is initialised. The other terms stay means over the
+            local batch.
 
     Raises:
         ValueError: If a weight is out of its range.
@@ -225,7 +247,12 @@ class GLDLoss(nn.Module):
     """
 
     def __init__(
-        self, alpha: float = 0.7, beta: float = 500.0, *, local_weight: float = 1.0, global_batch: bool = False
+        self,
+        alpha: float = 0.7,
+        beta: float = 500.0,
+        *,
+        local_weight: float = 1.0,
+        global_batch: bool = False,
     ) -> None:
         super().__init__()
         if not 0 <= alpha <= 1:
@@ -237,7 +264,9 @@ class GLDLoss(nn.Module):
         self.local_weight = local_weight
         self.global_batch = global_batch
 
-    def forward(self, student: torch.Tensor, teacher: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
+    def forward(
+        self, student: torch.Tensor, teacher: torch.Tensor, target: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
         """Compute the loss and its weighted terms.
 
         Args:
@@ -246,7 +275,8 @@ class GLDLoss(nn.Module):
             target: Class indices `[B]`.
 
         Returns:
-            Scalars `loss`, and its summands `loss_ce`, `loss_global`, `loss_local`, `loss_relation`.
+            Scalars `loss`, and its summands `loss_ce`, `loss_global`, `loss_local`,
+            `loss_relation`.
 
         Raises:
             ValueError: If the shapes do not fit each other.
@@ -258,7 +288,9 @@ class GLDLoss(nn.Module):
         with torch.autocast(student.device.type, enabled=False):
             divergence = logit_kl(student, teacher).mean(0)  # [1+L]
             terms = dict(
-                loss_ce=(1 - self.alpha) * F.cross_entropy(student[:, 0], target) if self.alpha < 1 else zero,
+                loss_ce=(1 - self.alpha) * F.cross_entropy(student[:, 0], target)
+                if self.alpha < 1
+                else zero,
                 loss_global=self.alpha * divergence[0] if self.alpha else zero,
                 loss_local=self.local_weight * divergence[1:].sum() if self.local_weight else zero,
                 loss_relation=self.beta * self._relation(student, teacher) if self.beta else zero,
@@ -279,14 +311,18 @@ class GLDLoss(nn.Module):
 
 def _check_shapes(student: torch.Tensor, teacher: torch.Tensor, target: torch.Tensor) -> None:
     if student.ndim != 3 or student.shape[1] < 2:
-        raise ValueError(f"student logits must be [B, 1+L, K] with L >= 1, got {list(student.shape)}")
+        raise ValueError(
+            f"student logits must be [B, 1+L, K] with L >= 1, got {list(student.shape)}"
+        )
     if teacher.shape != student.shape:
         raise ValueError(
             f"teacher logits {list(teacher.shape)} differ from student logits {list(student.shape)}; both models "
             "need the same grid and the same classes"
         )
     if target.shape != student.shape[:1]:
-        raise ValueError(f"target must hold one class index an image, [{student.shape[0]}], got {list(target.shape)}")
+        raise ValueError(
+            f"target must hold one class index an image, [{student.shape[0]}], got {list(target.shape)}"
+        )
 
 
 def _is_distributed() -> bool:

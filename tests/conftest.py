@@ -19,7 +19,9 @@ from distill import cli
 
 CHECKOUT = Path(__file__).parent.parent
 BUNDLED = Path(gld_zoo.__file__).parent / "data" / "cifar100_mini"
-FEATURES = Features(img=Image(), fine_label=ClassLabel(names=["apple", "aquarium_fish", "baby", "bear"]))
+FEATURES = Features(
+    img=Image(), fine_label=ClassLabel(names=["apple", "aquarium_fish", "baby", "bear"])
+)
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +35,9 @@ def rows():
     splits = load_dataset(str(BUNDLED))
     columns = {}
     for name, split in splits.items():
-        split = split.filter(lambda label: label < 4, input_columns="fine_label").cast_column("img", Image(decode=False))
+        split = split.filter(lambda label: label < 4, input_columns="fine_label").cast_column(
+            "img", Image(decode=False)
+        )
         columns[name] = {"img": list(split["img"]), "fine_label": list(split["fine_label"])}
     return columns
 
@@ -53,7 +57,11 @@ def tiny_dataset(tmp_path_factory, rows):
     folder = tmp_path_factory.mktemp("tiny")
     counts = dict(train=64, test=33)
     return write_dataset(
-        folder, {name: {key: column[: counts[name]] for key, column in rows[name].items()} for name in counts}
+        folder,
+        {
+            name: {key: column[: counts[name]] for key, column in rows[name].items()}
+            for name in counts
+        },
     )
 
 
@@ -63,7 +71,13 @@ def launch(*options, processes=1):
     if processes > 1:  # accelerate starts one process on a CPU whatever it is told
         command = ["torch.distributed.run", "--nproc_per_node", str(processes), "--"]
     result = subprocess.run(
-        [sys.executable, "-m", *command, str(CHECKOUT / "train" / "distill.py"), *map(str, options)],
+        [
+            sys.executable,
+            "-m",
+            *command,
+            str(CHECKOUT / "train" / "distill.py"),
+            *map(str, options),
+        ],
         capture_output=True,
         text=True,
         timeout=240,

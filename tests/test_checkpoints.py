@@ -18,7 +18,10 @@ from checkpoints import (
 
 
 def save(folder, epoch, keep=2):
-    tensors = dict(model=dict(weight=torch.full((3, 3), float(epoch))), optimizer={"0.momentum_buffer": torch.ones(2)})
+    tensors = dict(
+        model=dict(weight=torch.full((3, 3), float(epoch))),
+        optimizer={"0.momentum_buffer": torch.ones(2)},
+    )
     save_checkpoint(folder, f"epoch-{epoch:05d}", tensors, dict(epoch=epoch), keep=keep)
 
 
@@ -78,7 +81,10 @@ def test_a_checkpoint_is_no_pickle(tmp_path):
     save(tmp_path, 1)
     files = {path.name for path in (tmp_path / "epoch-00001").iterdir()}
     assert files == {"model.safetensors", "optimizer.safetensors", "state.json"}
-    assert set(json.loads((tmp_path / "epoch-00001" / "state.json").read_text())) == {"epoch", "sha256"}
+    assert set(json.loads((tmp_path / "epoch-00001" / "state.json").read_text())) == {
+        "epoch",
+        "sha256",
+    }
 
 
 def test_optimizer_goes_on_exactly(tmp_path):

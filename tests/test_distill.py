@@ -17,7 +17,15 @@ def test_run_folder_holds_what_the_design_says(student_run):
     lines = read_lines(student_run / "metrics.jsonl")
     assert [line["epoch"] for line in lines] == [1, 2]
     terms = {"loss", "loss_ce", "loss_global", "loss_local", "loss_relation"}
-    scores = {"lr", "train_top1", "train_top5", "test_top1", "test_top5", "images_per_second", "seconds"}
+    scores = {
+        "lr",
+        "train_top1",
+        "train_top5",
+        "test_top1",
+        "test_top5",
+        "images_per_second",
+        "seconds",
+    }
     assert terms | scores <= lines[0].keys()
     for line in lines:
         assert line["loss"] == pytest.approx(sum(line[term] for term in terms - {"loss"}), rel=1e-5)
@@ -27,8 +35,15 @@ def test_run_folder_holds_what_the_design_says(student_run):
     environment = json.loads((student_run / "env.json").read_text())
     assert environment["versions"]["torch"] == torch.__version__.split("+")[0]
     assert (student_run / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(path.name for path in (student_run / "checkpoints").iterdir()) == ["epoch-00001", "epoch-00002"]
-    assert not [path for path in student_run.rglob("*") if path.suffix in {".pkl", ".bin", ".pt", ".pth", ".partial"}]
+    assert sorted(path.name for path in (student_run / "checkpoints").iterdir()) == [
+        "epoch-00001",
+        "epoch-00002",
+    ]
+    assert not [
+        path
+        for path in student_run.rglob("*")
+        if path.suffix in {".pkl", ".bin", ".pt", ".pth", ".partial"}
+    ]
 
 
 def test_printed_lines_tell_teacher_before_after_and_where(student_run):
@@ -47,7 +62,9 @@ def test_last_is_loaded_by_timm_and_scores_what_was_logged(student_run, tiny_dat
     test = load_dataset(str(tiny_dataset))["test"]
     images = torch.stack([transform(image.convert("RGB")) for image in test["img"]])
     correct = (model(images).argmax(1) == torch.tensor(test["fine_label"])).sum().item()
-    assert 100 * correct / 33 == pytest.approx(read_lines(student_run / "metrics.jsonl")[-1]["test_top1"])
+    assert 100 * correct / 33 == pytest.approx(
+        read_lines(student_run / "metrics.jsonl")[-1]["test_top1"]
+    )
     config = json.loads((student_run / "last" / "config.json").read_text())
     assert config["label_names"] == ["apple", "aquarium_fish", "baby", "bear"]
     assert config["pretrained_cfg"]["crop_pct"] == 1.0
@@ -56,7 +73,9 @@ def test_last_is_loaded_by_timm_and_scores_what_was_logged(student_run, tiny_dat
 def test_saved_recipe_repeats_the_run_to_the_bit(student_run, tmp_path, distill):
     distill("--config", student_run / "recipe.yaml", "--run", tmp_path / "again")
     for name in ("model.safetensors", "config.json"):
-        assert (tmp_path / "again" / "last" / name).read_bytes() == (student_run / "last" / name).read_bytes()
+        assert (tmp_path / "again" / "last" / name).read_bytes() == (
+            student_run / "last" / name
+        ).read_bytes()
 
 
 @pytest.mark.parametrize("damage", [None, "truncated", "flipped", "missing"])
@@ -79,7 +98,9 @@ def test_resume_gives_the_same_bits(student_run, tmp_path, distill, damage):
     output = distill("--config", student_run / "recipe.yaml", "--run", run, "--resume")
     assert "after 1 epochs" in output
     assert ("damaged" in output) == (damage is not None)
-    assert (run / "last" / "model.safetensors").read_bytes() == (student_run / "last" / "model.safetensors").read_bytes()
+    assert (run / "last" / "model.safetensors").read_bytes() == (
+        student_run / "last" / "model.safetensors"
+    ).read_bytes()
     ours, theirs = (read_lines(folder / "metrics.jsonl")[-1] for folder in (run, student_run))
     assert {name: ours[name] for name in ours if "second" not in name} == {
         name: theirs[name] for name in theirs if "second" not in name
@@ -107,7 +128,10 @@ def test_compiled_run_trains(tiny_dataset, tmp_path, distill):
     ("options", "message"),
     [
         (["--dataset", "./no/such/folder"], "there is no such folder"),
-        (["--dataset", "no-such-org/no-such-set"], "neither a folder nor could it be loaded from the hub"),
+        (
+            ["--dataset", "no-such-org/no-such-set"],
+            "neither a folder nor could it be loaded from the hub",
+        ),
         (["--image_column", "picture"], "image_column='picture' is not a column"),
         (["--label_column", "img"], "label_column='img' is a column of type"),
         (["--test_split", "dev"], "no split 'dev'; it has train, test"),
@@ -120,7 +144,9 @@ def test_compiled_run_trains(tiny_dataset, tmp_path, distill):
         (["--alpha", "2"], "alpha=2"),
     ],
 )
-def test_errors_name_the_value_and_leave_no_folder(tiny_dataset, teacher_run, tmp_path, distill, options, message):
+def test_errors_name_the_value_and_leave_no_folder(
+    tiny_dataset, teacher_run, tmp_path, distill, options, message
+):
     base = [*SMALL_RUN, "--teacher", f"local-dir:{teacher_run}/last", "--dataset", tiny_dataset]
     output = distill(*base, "--run", tmp_path / "run", *options, fails=True)
     assert message in output
@@ -131,7 +157,16 @@ def test_errors_name_the_value_and_leave_no_folder(tiny_dataset, teacher_run, tm
 def test_teacher_of_other_classes_is_refused(teacher_run, tmp_path, distill):
     teacher = f"local-dir:{teacher_run}/last"
     bundled = "gld_zoo/data/cifar100_mini"
-    output = distill(*SMALL_RUN, "--teacher", teacher, "--dataset", bundled, "--run", tmp_path / "run", fails=True)
+    output = distill(
+        *SMALL_RUN,
+        "--teacher",
+        teacher,
+        "--dataset",
+        bundled,
+        "--run",
+        tmp_path / "run",
+        fails=True,
+    )
     assert "has 4 classes and the dataset 100" in output
 
 
@@ -164,6 +199,9 @@ def test_the_first_bad_step_is_named():
 
 
 def test_the_headline_is_the_last_epoch():
-    history = [dict(epoch=i, test_top1=top1, test_top5=90.0, seconds=1.0) for i, top1 in ((1, 70.0), (2, 60.0))]
+    history = [
+        dict(epoch=i, test_top1=top1, test_top5=90.0, seconds=1.0)
+        for i, top1 in ((1, 70.0), (2, 60.0))
+    ]
     summary = summarize(history, None)
     assert (summary["top1"], summary["best_epoch"], summary["best_epoch_top1"]) == (60.0, 1, 70.0)

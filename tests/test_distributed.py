@@ -30,11 +30,23 @@ def work(rank, port, linear, queue):
     with torch.no_grad():
         alone = GLDLoss(global_batch=True)(student, teacher, target)["loss_relation"].item()
     try:
-        relation(student.flatten(0, 1)[: 10 - rank], teacher.flatten(0, 1)[: 10 - rank], global_batch=True)
+        relation(
+            student.flatten(0, 1)[: 10 - rank],
+            teacher.flatten(0, 1)[: 10 - rank],
+            global_batch=True,
+        )
         refusal = "none"
     except ValueError as error:
         refusal = str(error)
-    queue.put((rank, {name: term.item() for name, term in terms.items()}, student.grad.tolist(), alone, refusal))
+    queue.put(
+        (
+            rank,
+            {name: term.item() for name, term in terms.items()},
+            student.grad.tolist(),
+            alone,
+            refusal,
+        )
+    )
     queue.close()
     queue.join_thread()
     dist.destroy_process_group()
@@ -49,7 +61,10 @@ def results(request):
         port = free.getsockname()[1]
     context = mp.get_context("spawn")
     queue = context.Queue()
-    processes = [context.Process(target=work, args=(rank, port, request.param, queue)) for rank in range(WORLD)]
+    processes = [
+        context.Process(target=work, args=(rank, port, request.param, queue))
+        for rank in range(WORLD)
+    ]
     for process in processes:
         process.start()
     collected = sorted((queue.get(timeout=120) for _ in processes), key=lambda result: result[0])
@@ -68,7 +83,10 @@ def test_relation_and_its_gradient_are_those_of_one_process(results):
         assert values["loss_relation"] == pytest.approx(terms["loss_relation"].item(), rel=1e-12)
         # data parallelism averages over processes: each holds W times its share
         torch.testing.assert_close(
-            torch.tensor(gradient, dtype=torch.float64) / WORLD, student.grad[rank::WORLD], rtol=1e-10, atol=1e-14
+            torch.tensor(gradient, dtype=torch.float64) / WORLD,
+            student.grad[rank::WORLD],
+            rtol=1e-10,
+            atol=1e-14,
         )
     for name, term in terms.items():
         mean = sum(values[name] for _, values, *_ in results) / WORLD

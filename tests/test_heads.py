@@ -14,7 +14,9 @@ def randomise(model):
     """Give every parameter and statistic a value that tells, as heads start at zero and norms at the identity."""
     for value in [*model.parameters(), *model.buffers()]:
         if value.is_floating_point():
-            torch.nn.init.normal_(value, std=0.05) if value.ndim > 1 else torch.nn.init.uniform_(value, 0.5, 1.5)
+            torch.nn.init.normal_(value, std=0.05) if value.ndim > 1 else torch.nn.init.uniform_(
+                value, 0.5, 1.5
+            )
     return model.eval()
 
 
@@ -25,13 +27,17 @@ def test_row_0_is_the_model_and_each_cell_goes_through_its_head(name):
     images = torch.randn(2, 3, 64, 64)
     logits = global_local_logits(model, images, grid=2)
     assert logits.shape == (2, 5, 7)
-    torch.testing.assert_close(logits[:, 0], model(images), rtol=1e-4, atol=1e-4 * logits.abs().max().item())
+    torch.testing.assert_close(
+        logits[:, 0], model(images), rtol=1e-4, atol=1e-4 * logits.abs().max().item()
+    )
     features = model.forward_features(images)
     cells = F.adaptive_avg_pool2d(features, 2)
     for i in range(4):
         row, column = divmod(i, 2)
         expected = model.forward_head(cells[:, :, row : row + 1, column : column + 1])
-        torch.testing.assert_close(logits[:, 1 + i], expected, rtol=1e-4, atol=1e-4 * logits.abs().max().item())
+        torch.testing.assert_close(
+            logits[:, 1 + i], expected, rtol=1e-4, atol=1e-4 * logits.abs().max().item()
+        )
 
 
 @torch.no_grad()
@@ -51,7 +57,9 @@ def test_grid_that_does_not_divide_the_map_pools_adaptively():
     model = randomise(timm.create_model("gld_resnet18", num_classes=7))
     images = torch.randn(1, 3, 224, 224)
     logits = model.forward_logits(images, grid=2)
-    first = model.forward_features(images)[:, :, :4, :4].mean((2, 3))  # rows and columns 0 to 3 of 7
+    first = model.forward_features(images)[:, :, :4, :4].mean(
+        (2, 3)
+    )  # rows and columns 0 to 3 of 7
     torch.testing.assert_close(logits[:, 1], model.fc(first), rtol=1e-4, atol=1e-4)
 
 
@@ -94,7 +102,12 @@ def test_compiles_without_a_graph_break():
         ("gld_resnet20", dict(num_classes=0), 32, "no classifier"),
         ("resnet18", dict(num_classes=0), 64, "no classifier"),
         ("resnet18", dict(features_only=True), 64, "features_only"),
-        ("gld_resnet18", {}, 32, "grid=2 needs a feature map of at least 2x2, got 1x1 for a 32x32 input"),
+        (
+            "gld_resnet18",
+            {},
+            32,
+            "grid=2 needs a feature map of at least 2x2, got 1x1 for a 32x32 input",
+        ),
         ("resnet18", dict(global_pool="max"), 64, "does not begin with average pooling"),
         ("resnet18", dict(global_pool="catavgmax"), 64, "does not begin with average pooling"),
         ("vgg11", {}, 64, "does not begin with average pooling"),

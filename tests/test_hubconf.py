@@ -14,7 +14,9 @@ CHECKOUT = Path(__file__).parent.parent
 def test_hub_lists_exactly_the_architectures():
     scope = {}
     exec((CHECKOUT / "hubconf.py").read_text(), scope)
-    entries = {name for name, value in scope.items() if callable(value) and not name.startswith("_")}
+    entries = {
+        name for name, value in scope.items() if callable(value) and not name.startswith("_")
+    }
     assert entries == set(timm.list_models("gld_*"))
 
 

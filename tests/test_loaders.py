@@ -28,18 +28,27 @@ def batches_of(split, **options):
 @pytest.fixture(scope="module")
 def split():
     generator = torch.Generator().manual_seed(0)
-    return Split(torch.randint(256, (26, 12, 12, 3), dtype=torch.uint8, generator=generator), torch.arange(26))
+    return Split(
+        torch.randint(256, (26, 12, 12, 3), dtype=torch.uint8, generator=generator),
+        torch.arange(26),
+    )
 
 
 def test_bundled_images_are_real_balanced_and_small():
     source = ImageSource(str(BUNDLED))
-    assert (source.image_column, source.label_column, len(source.label_names)) == ("img", "fine_label", 100)
+    assert (source.image_column, source.label_column, len(source.label_names)) == (
+        "img",
+        "fine_label",
+        100,
+    )
     train, test = source.decode(32)
     assert train.images.shape == (2000, 32, 32, 3)
     assert (train.labels.bincount() == 20).all()
     assert (test.labels.bincount() == 10).all()
     mean = train.images.float().mean((0, 1, 2)) / 255
-    torch.testing.assert_close(mean, torch.tensor([0.5071, 0.4865, 0.4409]), atol=0.01, rtol=0)  # of all 50,000
+    torch.testing.assert_close(
+        mean, torch.tensor([0.5071, 0.4865, 0.4409]), atol=0.01, rtol=0
+    )  # of all 50,000
     assert sum(path.stat().st_size for path in BUNDLED.rglob("*") if path.is_file()) < 6_000_000
 
 
@@ -47,13 +56,26 @@ def test_pixels_are_those_of_the_files(tiny_dataset):
     source = ImageSource(str(tiny_dataset))
     train, _ = source.decode(32)
     for row in (0, 63):
-        assert np.array_equal(train.images[row].numpy(), np.array(source.splits["train"][row]["img"].convert("RGB")))
+        assert np.array_equal(
+            train.images[row].numpy(), np.array(source.splits["train"][row]["img"].convert("RGB"))
+        )
 
 
 def test_every_colour_mode_becomes_rgb(tmp_path, rows):
     colour = PILImage.open(io.BytesIO(rows["train"]["img"][0]["bytes"])).convert("RGB")
-    modes = [("L", "PNG"), ("RGBA", "PNG"), ("P", "PNG"), ("CMYK", "JPEG"), ("1", "PNG"), ("LA", "PNG"), ("I;16", "PNG")]
-    images = [encode(colour.convert("L").convert(mode) if mode == "I;16" else colour.convert(mode), f) for mode, f in modes]
+    modes = [
+        ("L", "PNG"),
+        ("RGBA", "PNG"),
+        ("P", "PNG"),
+        ("CMYK", "JPEG"),
+        ("1", "PNG"),
+        ("LA", "PNG"),
+        ("I;16", "PNG"),
+    ]
+    images = [
+        encode(colour.convert("L").convert(mode) if mode == "I;16" else colour.convert(mode), f)
+        for mode, f in modes
+    ]
     columns = dict(img=images, fine_label=[0] * len(images))
     folder = write_dataset(tmp_path, dict(train=columns, test=columns))
     train, _ = ImageSource(str(folder)).decode(32)
@@ -64,7 +86,10 @@ def test_every_colour_mode_becomes_rgb(tmp_path, rows):
 
 def test_unreadable_image_is_named_by_row(tmp_path, rows):
     columns = {key: column[:20] for key, column in rows["train"].items()}
-    broken = dict(columns, img=[*columns["img"][:13], {"bytes": b"no image", "path": None}, *columns["img"][14:]])
+    broken = dict(
+        columns,
+        img=[*columns["img"][:13], {"bytes": b"no image", "path": None}, *columns["img"][14:]],
+    )
     folder = write_dataset(tmp_path, dict(train=broken, test=columns))
     with pytest.raises(DataError, match="row 13 of split 'train'.*not a readable image"):
         ImageSource(str(folder)).decode(32)
@@ -73,7 +98,14 @@ def test_unreadable_image_is_named_by_row(tmp_path, rows):
 def test_truncated_image_is_named_by_row(tmp_path, rows):
     columns = {key: column[:4] for key, column in rows["train"].items()}
     half = columns["img"][2]["bytes"]
-    broken = dict(columns, img=[*columns["img"][:2], {"bytes": half[: len(half) // 2], "path": None}, columns["img"][3]])
+    broken = dict(
+        columns,
+        img=[
+            *columns["img"][:2],
+            {"bytes": half[: len(half) // 2], "path": None},
+            columns["img"][3],
+        ],
+    )
     folder = write_dataset(tmp_path, dict(train=columns, test=broken))
     with pytest.raises(DataError, match="row 2 of split 'test'"):
         ImageSource(str(folder)).decode(32)
@@ -83,14 +115,20 @@ def test_missing_label_is_named_by_row(tmp_path, rows):
     columns = {key: column[:6] for key, column in rows["train"].items()}
     broken = dict(columns, fine_label=[0, 1, None, 2, 3, -1])
     folder = write_dataset(tmp_path, dict(train=broken, test=columns), FEATURES)
-    with pytest.raises(DataError, match=r"row 2 of split 'train'.*label None, outside 0 to 3 \(2 such rows\)"):
+    with pytest.raises(
+        DataError, match=r"row 2 of split 'train'.*label None, outside 0 to 3 \(2 such rows\)"
+    ):
         ImageSource(str(folder)).decode(32)
 
 
 def test_integer_labels_are_taken_by_name(tmp_path, rows):
     columns = {key: column[:10] for key, column in rows["train"].items()}
     columns["fine_label"] = [0, 1, 2, 3, 4, 0, 1, 2, 3, 4]
-    folder = write_dataset(tmp_path, dict(train=columns, test=columns), Features(img=Image(), fine_label=Value("int64")))
+    folder = write_dataset(
+        tmp_path,
+        dict(train=columns, test=columns),
+        Features(img=Image(), fine_label=Value("int64")),
+    )
     with pytest.raises(DataError, match="no column of type ClassLabel"):
         ImageSource(str(folder))
     source = ImageSource(str(folder), label_column="fine_label")
@@ -135,9 +173,14 @@ def test_batches_are_crops_of_the_padded_images(split):
     for images, labels in batches_of(split).epoch(0):
         assert images.shape == (8, 3, 12, 12)
         assert images.is_contiguous(memory_format=torch.channels_last)
-        for image, label in zip(images, labels.tolist(), strict=True):  # the label is the image's index
+        for image, label in zip(
+            images, labels.tolist(), strict=True
+        ):  # the label is the image's index
             candidates = (
-                crop(split, label, top, left, flip) for top in range(9) for left in range(9) for flip in (False, True)
+                crop(split, label, top, left, flip)
+                for top in range(9)
+                for left in range(9)
+                for flip in (False, True)
             )
             assert any(torch.allclose(image, candidate, atol=1e-5) for candidate in candidates)
 
@@ -150,14 +193,20 @@ def test_without_augmentation_batches_are_the_normalised_images(split):
 
 def test_an_epoch_shows_each_image_at_most_once_and_epochs_differ(split):
     batches = batches_of(split)
-    orders = [torch.cat([labels for _, labels in batches.epoch(epoch)]).tolist() for epoch in (0, 1, 0)]
+    orders = [
+        torch.cat([labels for _, labels in batches.epoch(epoch)]).tolist() for epoch in (0, 1, 0)
+    ]
     assert len(batches) == 3
     assert len(set(orders[0])) == len(orders[0]) == 24
     assert orders[0] == orders[2] != orders[1]
 
 
 def test_augmentation_belongs_to_the_image_not_to_its_place_in_the_batch(split):
-    whole = {int(label): image for images, labels in batches_of(split).epoch(2) for image, label in zip(images, labels)}
+    whole = {
+        int(label): image
+        for images, labels in batches_of(split).epoch(2)
+        for image, label in zip(images, labels)
+    }
     halves = batches_of(split, batch_size=12).epoch(2)
     for images, labels in halves:
         for image, label in zip(images, labels.tolist(), strict=True):
@@ -179,7 +228,9 @@ def test_evaluation_neither_drops_nor_pads(split):
     for world_size in (1, 2, 3):
         seen = []
         for rank in range(world_size):
-            for images, labels in eval_batches(split, MEAN, STD, batch_size=8, rank=rank, world_size=world_size):
+            for images, labels in eval_batches(
+                split, MEAN, STD, batch_size=8, rank=rank, world_size=world_size
+            ):
                 torch.testing.assert_close(images[0], crop(split, int(labels[0]), 4, 4, False))
                 seen += labels.tolist()
         assert sorted(seen) == list(range(26))

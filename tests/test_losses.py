@@ -49,7 +49,9 @@ def logits(batch=6, grid=2, classes=10, dtype=torch.float64):
 
 
 @FORMS
-@pytest.mark.parametrize(("batch", "grid", "classes"), [(6, 2, 10), (3, 4, 20), (2, 1, 5), (16, 3, 7)])
+@pytest.mark.parametrize(
+    ("batch", "grid", "classes"), [(6, 2, 10), (3, 4, 20), (2, 1, 5), (16, 3, 7)]
+)
 def test_terms_and_gradients_equal_the_papers_equations(use_form, linear, batch, grid, classes):
     use_form(linear, block_entries=50)  # several blocks, the last one incomplete
     student, teacher, target = logits(batch, grid, classes)
@@ -96,7 +98,9 @@ def test_relation_is_zero_at_the_teacher_and_ignores_scale_shift_and_order(use_f
     assert 0 <= relation(3 * teacher + 2, teacher) < 1e-14
     order = torch.randperm(40)
     value = relation(student, teacher)
-    torch.testing.assert_close(relation(7 * student[order] - 5, teacher[order]), value, rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        relation(7 * student[order] - 5, teacher[order]), value, rtol=1e-12, atol=0
+    )
 
 
 def edge_cases():
@@ -154,16 +158,22 @@ def test_identical_rows_count_one_a_row_and_pass_no_gradient(use_form, linear):
 def test_both_forms_agree_where_the_choice_changes():
     rows = next(n for n in range(2, 10_000) if losses._linear_is_cheaper(n, 10))
     student, teacher = torch.randn(2, rows, 10, dtype=torch.float64)
-    torch.testing.assert_close(relation(student, teacher), reference_relation(student, teacher), rtol=1e-10, atol=0)
+    torch.testing.assert_close(
+        relation(student, teacher), reference_relation(student, teacher), rtol=1e-10, atol=0
+    )
     less = relation(student[1:], teacher[1:])
-    torch.testing.assert_close(less, reference_relation(student[1:], teacher[1:]), rtol=1e-10, atol=0)
+    torch.testing.assert_close(
+        less, reference_relation(student[1:], teacher[1:]), rtol=1e-10, atol=0
+    )
 
 
 def test_plain_form_keeps_no_matrix_of_all_rows(use_form):
     use_form(False, block_entries=4000)
     student = torch.randn(400, 5, requires_grad=True)
     saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: saved.append(t.numel()) or t, lambda t: t
+    ):
         relation(student, torch.randn(400, 5)).backward()
     assert max(saved) <= student.numel()
 
@@ -247,7 +257,9 @@ def test_relation_refuses_different_shapes():
         relation(torch.zeros(4, 3), torch.zeros(5, 3))
 
 
-@pytest.mark.parametrize("options", [dict(alpha=1.5), dict(alpha=-0.1), dict(beta=-1.0), dict(local_weight=-1.0)])
+@pytest.mark.parametrize(
+    "options", [dict(alpha=1.5), dict(alpha=-0.1), dict(beta=-1.0), dict(local_weight=-1.0)]
+)
 def test_weights_out_of_range_are_named(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         GLDLoss(**options)

@@ -33,7 +33,9 @@ PARAMETERS = dict(
 
 def images_for(model, batch=2, size=None):
     channels, *cfg_size = model.pretrained_cfg["input_size"]
-    return torch.randn(batch, channels, *([size] * 2 if size else [min(96, side) for side in cfg_size]))
+    return torch.randn(
+        batch, channels, *([size] * 2 if size else [min(96, side) for side in cfg_size])
+    )
 
 
 def test_the_eleven_architectures_are_registered():
@@ -129,7 +131,9 @@ def test_features_only_gives_the_announced_channels_and_strides(name):
     with torch.no_grad():
         outputs = model(images)
     assert [output.shape[1] for output in outputs] == model.feature_info.channels()
-    assert [images.shape[-1] // output.shape[-1] for output in outputs] == model.feature_info.reduction()
+    assert [
+        images.shape[-1] // output.shape[-1] for output in outputs
+    ] == model.feature_info.reduction()
     assert model.feature_info.reduction() == ([1, 2, 4] if name in SMALL else [2, 4, 8, 16, 32])
 
 
@@ -144,7 +148,9 @@ def test_intermediates_agree_with_features_pruning_and_checkpointing(name):
     assert [tap.shape[1] for tap in taps] == info.channels()
     last = len(taps) - 1
     for index, tap in enumerate(taps):
-        stopped = model.forward_intermediates(images, indices=[index], stop_early=True, intermediates_only=True)
+        stopped = model.forward_intermediates(
+            images, indices=[index], stop_early=True, intermediates_only=True
+        )
         assert torch.equal(stopped[0], tap)
         pruned = copy.deepcopy(model)
         assert pruned.prune_intermediate_layers([index], prune_norm=True) == [index]
@@ -176,7 +182,10 @@ def test_checkpointing_keeps_gradients(name):
 @every_model
 def test_parameter_groups_cover_blocks(name):
     model = timm.create_model(name, device="meta")
-    coarse, fine = (timm.models.group_parameters(model, model.group_matcher(coarse=value)) for value in (True, False))
+    coarse, fine = (
+        timm.models.group_parameters(model, model.group_matcher(coarse=value))
+        for value in (True, False)
+    )
     assert 1 < len(coarse) < len(fine)
 
 
@@ -193,7 +202,7 @@ def test_output_stride_dilates_and_keeps_the_state_dict(name, output_stride):
 @pytest.mark.parametrize("options", [dict(output_stride=3), dict(depth=21)])
 @pytest.mark.parametrize("name", ["gld_resnet20", "gld_wrn16_1"])
 def test_impossible_architectures_are_named(name, options):
-    (option, value), = options.items()
+    ((option, value),) = options.items()
     with pytest.raises(ValueError, match=f"{option}={value}"):
         timm.create_model(name, **options)
 
@@ -205,7 +214,9 @@ def test_scripts_compiles_and_exports(name):
     images = images_for(model)
     expected = model(images)
     torch.testing.assert_close(torch.jit.script(model)(images), expected)
-    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(images), expected)
+    torch.testing.assert_close(
+        torch.compile(model, fullgraph=True, backend="eager")(images), expected
+    )
     batch = torch.export.Dim("batch")
     exported = torch.export.export(model, (images,), dynamic_shapes=({0: batch},)).module()
     more = torch.cat([images, images])
@@ -221,7 +232,11 @@ def test_other_input_sizes(size):
 
 
 UNTRAINED = [name for name in MODELS if not get_pretrained_cfg(name).has_weights]
-WEIGHTS = [name for name in timm.list_models("gld_*", include_tags=True) if get_pretrained_cfg(name).has_weights]
+WEIGHTS = [
+    name
+    for name in timm.list_models("gld_*", include_tags=True)
+    if get_pretrained_cfg(name).has_weights
+]
 
 
 @pytest.mark.parametrize("name", UNTRAINED)
@@ -232,7 +247,11 @@ def test_without_weights_pretrained_is_an_error(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_untrained_tag_stands_only_where_no_weights_are(name):
-    tags = {tag.split(".")[1] for tag in timm.list_models(f"{name}*", include_tags=True) if tag.split(".")[0] == name}
+    tags = {
+        tag.split(".")[1]
+        for tag in timm.list_models(f"{name}*", include_tags=True)
+        if tag.split(".")[0] == name
+    }
     assert ("untrained" in tags) == (name in UNTRAINED)
 
 
@@ -240,7 +259,9 @@ def test_untrained_tag_stands_only_where_no_weights_are(name):
 @torch.no_grad()
 def test_weights_give_their_stored_logits(name):
     model = timm.create_model(name, pretrained=True).eval()
-    stored = json.loads((Path(gld_zoo.__file__).parent / "weights" / f"{name}.logits.json").read_text())
+    stored = json.loads(
+        (Path(gld_zoo.__file__).parent / "weights" / f"{name}.logits.json").read_text()
+    )
     cfg = model.pretrained_cfg
     pixels = torch.tensor(stored["images"], dtype=torch.float32) / 255  # [B, H, W, 3]
     images = ((pixels - torch.tensor(cfg["mean"])) / torch.tensor(cfg["std"])).permute(0, 3, 1, 2)

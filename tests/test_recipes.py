@@ -21,7 +21,16 @@ def test_every_recipe_parses_and_names_its_command_and_known_models(path):
 
 def test_defaults_are_the_papers_cifar_setting():
     recipe = Recipe(student="gld_resnet20")
-    expected = dict(epochs=200, batch_size=64, lr=0.1, momentum=0.9, weight_decay=5e-4, grid=2, alpha=0.7, beta=500.0)
+    expected = dict(
+        epochs=200,
+        batch_size=64,
+        lr=0.1,
+        momentum=0.9,
+        weight_decay=5e-4,
+        grid=2,
+        alpha=0.7,
+        beta=500.0,
+    )
     assert {name: getattr(recipe, name) for name in expected} == expected
     assert [recipe.lr_at(epoch) for epoch in (0, 99, 100, 149, 150, 199)] == pytest.approx(
         [0.1, 0.1, 0.01, 0.01, 0.001, 0.001]
@@ -38,7 +47,12 @@ def test_command_line_goes_before_the_file_and_the_file_before_the_defaults(tmp_
 
 
 def test_saved_recipe_reads_back_the_same(tmp_path):
-    recipe = Recipe(student="gld_resnet20", weight_decay=1e-5, lr_drops=[0.3, 0.6, 0.9], teacher="local-dir:runs/x/last")
+    recipe = Recipe(
+        student="gld_resnet20",
+        weight_decay=1e-5,
+        lr_drops=[0.3, 0.6, 0.9],
+        teacher="local-dir:runs/x/last",
+    )
     recipe.save(tmp_path / "recipe.yaml")
     assert Recipe.load(tmp_path / "recipe.yaml") == recipe
     assert parse_command("", ["--config", str(tmp_path / "recipe.yaml")]).recipe == recipe

@@ -2,8 +2,8 @@
 
     python tests/timm_suite.py [pytest options]
 
-Downloads the source distribution with pip, so it needs a package index; `tests/test_models.py` mirrors the
-contract offline. With `--sdist FILE` it takes one already downloaded.
+Downloads the source distribution with pip, so it needs a package index; `tests/test_models.py`
+mirrors the contract offline. With `--sdist FILE` it takes one already downloaded.
 """
 
 from __future__ import annotations
@@ -32,15 +32,28 @@ def list_gld_models(
     **kwargs: bool,
 ) -> list[str]:
     """Stand in for `timm.list_models` in timm's tests: only `gld_*`, counted among every module they list."""
-    names = _list_models("gld_*", exclude_filters=exclude_filters, include_tags=include_tags, **kwargs)
+    names = _list_models(
+        "gld_*", exclude_filters=exclude_filters, include_tags=include_tags, **kwargs
+    )
     patterns = [filter] if isinstance(filter, str) else filter
-    return [name for name in names if any(fnmatch.fnmatch(name, pattern or "*") for pattern in patterns)]
+    return [
+        name for name in names if any(fnmatch.fnmatch(name, pattern or "*") for pattern in patterns)
+    ]
 
 
 def download(folder: Path) -> Path:
     """Fetch timm's source distribution without building it."""
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
-    build_tools = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(folder / "build"), "pdm-backend"]
+    build_tools = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--target",
+        str(folder / "build"),
+        "pdm-backend",
+    ]
     subprocess.run(build_tools, check=True)
     subprocess.run(
         [*pip, "--no-build-isolation", "-d", str(folder), f"timm=={timm.__version__}"],
@@ -64,7 +77,16 @@ def main(arguments: list[str]) -> int:
             tar.extractall(folder, filter="data")
         tests = next(folder.glob("timm-*/tests"))
         timm.list_models = list_gld_models
-        options = ["-k", "gld_", "-p", "no:cacheprovider", "--rootdir", str(tests), "-c", "/dev/null"]
+        options = [
+            "-k",
+            "gld_",
+            "-p",
+            "no:cacheprovider",
+            "--rootdir",
+            str(tests),
+            "-c",
+            "/dev/null",
+        ]
         return pytest.main([str(tests / "test_models.py"), *options, *arguments])
 
 

@@ -26,13 +26,19 @@ def setups_table(results: dict[str, Any]) -> list[str]:
         "|---|---|---|---|---|---|",
     ]
     for setup, paper in results["paper"].items():
-        ours = {entry["role"]: entry for entry in results["weights"].values() if entry["setup"] == setup}
+        ours = {
+            entry["role"]: entry for entry in results["weights"].values() if entry["setup"] == setup
+        }
         if not ours:
             continue
         cells = [f"{score(ours.get(role))} ({paper[role]['top1']:.2f})" for role in ROLES]
-        epochs = ", ".join(str(ours[role]["epochs"]) if role in ours else "–" for role in ("teacher", "gld"))
+        epochs = ", ".join(
+            str(ours[role]["epochs"]) if role in ours else "–" for role in ("teacher", "gld")
+        )
         pair = f"{paper['teacher']['model']} → {paper['gld']['model']}"
-        lines.append(f"| {setup} | {pair} | {epochs} (paper: {paper['epochs']}) | {' | '.join(cells)} |")
+        lines.append(
+            f"| {setup} | {pair} | {epochs} (paper: {paper['epochs']}) | {' | '.join(cells)} |"
+        )
     return lines
 
 
@@ -44,7 +50,9 @@ def weights_table(results: dict[str, Any]) -> list[str]:
     ]
     for name, entry in results["weights"].items():
         changes = ", ".join(f"{key} {value}" for key, value in entry["changes"].items()) or "none"
-        best = "; ".join(f"{run['best_epoch_top1']:.2f} at {run['best_epoch']}" for run in entry["runs"])
+        best = "; ".join(
+            f"{run['best_epoch_top1']:.2f} at {run['best_epoch']}" for run in entry["runs"]
+        )
         lines.append(
             f"| `{name}` | {entry['parameters']:,} | {score(entry)} | {score(entry, 'top5')} | "
             f"{entry['recipe']}, {changes} | {', '.join(str(run['seed']) for run in entry['runs'])} | "
@@ -62,7 +70,10 @@ def score(entry: dict[str, Any] | None, key: str = "top1") -> str:
     return f"{statistics.mean(values):.2f}{spread}"
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {"setups": setups_table, "weights": weights_table}
+TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
+    "setups": setups_table,
+    "weights": weights_table,
+}
 
 
 def fill(text: str, results: dict[str, Any]) -> str:

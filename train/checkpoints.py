@@ -19,12 +19,17 @@ class CheckpointError(ValueError):
 
 
 def save_checkpoint(
-    folder: Path, name: str, tensors: dict[str, dict[str, torch.Tensor]], state: dict[str, Any], *, keep: int
+    folder: Path,
+    name: str,
+    tensors: dict[str, dict[str, torch.Tensor]],
+    state: dict[str, Any],
+    *,
+    keep: int,
 ) -> None:
     """Write one checkpoint and drop all but the `keep` newest.
 
-    Everything is written and flushed under a temporary name and renamed last, so a crash at any moment
-    leaves the earlier checkpoints alone.
+    Everything is written and flushed under a temporary name and renamed last, so a crash at any
+    moment leaves the earlier checkpoints alone.
 
     Args:
         folder: The run's checkpoint folder.
@@ -41,7 +46,9 @@ def save_checkpoint(
         group = {key: tensor.detach().contiguous() for key, tensor in group.items()}
         save_file(group, temporary / f"{stem}.safetensors", metadata={"format": "pt"})
     hashes = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
-    (temporary / "state.json").write_text(json.dumps(dict(state, sha256=hashes), indent=2), encoding="utf-8")
+    (temporary / "state.json").write_text(
+        json.dumps(dict(state, sha256=hashes), indent=2), encoding="utf-8"
+    )
     for path in [*temporary.iterdir(), temporary]:
         _flush(path)
     shutil.rmtree(folder / name, ignore_errors=True)
@@ -55,7 +62,9 @@ def list_checkpoints(folder: Path) -> list[Path]:
     """Return a folder's checkpoints, oldest first."""
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return sorted(
+        path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")
+    )
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
@@ -72,9 +81,18 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dic
         hashes = state.pop("sha256")
         damaged = [name for name, digest in hashes.items() if _sha256(path / name) != digest]
         if damaged:
-            raise CheckpointError(f"{path} is damaged: {', '.join(damaged)} changed since it was written")
+            raise CheckpointError(
+                f"{path} is damaged: {', '.join(damaged)} changed since it was written"
+            )
         tensors = {Path(name).stem: load_file(path / name) for name in hashes}
-    except (OSError, KeyError, AttributeError, json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
+    except (
+        OSError,
+        KeyError,
+        AttributeError,
+        json.JSONDecodeError,
+        UnicodeDecodeError,
+        SafetensorError,
+    ) as error:
         raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from error
     return tensors, state
 
@@ -90,18 +108,26 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
     }
 
 
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+def load_optimizer_tensors(
+    optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]
+) -> None:
     """Undo `optimizer_tensors`."""
     state: dict[int, dict[str, torch.Tensor]] = {}
     for key, value in tensors.items():
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict(dict(state=state, param_groups=optimizer.state_dict()["param_groups"]))
+    optimizer.load_state_dict(
+        dict(state=state, param_groups=optimizer.state_dict()["param_groups"])
+    )
 
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+        return (
+            hashlib.file_digest(file, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else _digest(file)
+        )
 
 
 def _digest(file: Any) -> str:  # Python 3.10 has no hashlib.file_digest

@@ -1,9 +1,10 @@
 """Distil a student from a teacher; without a teacher, train on the labels alone (a teacher, a baseline).
 
-    accelerate launch train/distill.py --config train/recipes/quickstart.yaml
-    accelerate launch --mixed_precision bf16 train/distill.py --config train/recipes/X.yaml --seed 1
-    accelerate launch --num_processes 4 train/distill.py --config train/recipes/X.yaml --resume
-    torchrun --nproc_per_node 2 -- train/distill.py --config train/recipes/X.yaml --run DIR  # two CPU processes
+    accelerate launch train/distill.py --config train/recipes/quickstart.yaml accelerate launch
+    --mixed_precision bf16 train/distill.py --config train/recipes/X.yaml --seed 1 accelerate launch
+    --num_processes 4 train/distill.py --config train/recipes/X.yaml --resume torchrun
+    --nproc_per_node 2 -- train/distill.py --config train/recipes/X.yaml --run DIR  # two CPU
+    processes
 
 Precision, devices and process count are Accelerate's. Options: `--help`.
 """
@@ -54,7 +55,9 @@ def main(recipe: Recipe, folder: Path, *, resume: bool = False) -> None:
         return
     trainer = Trainer(recipe, run, accelerator)
     run.start(accelerator)
-    say(f"{recipe.dataset}: {len(trainer.batches.labels):,} training and {len(trainer.test.labels):,} test images")
+    say(
+        f"{recipe.dataset}: {len(trainer.batches.labels):,} training and {len(trainer.test.labels):,} test images"
+    )
     teacher_top1 = trainer.measure_teacher()
     if teacher_top1 is not None:
         say(f"teacher {recipe.teacher}: top-1 {teacher_top1:.2f} %")
@@ -69,7 +72,9 @@ def main(recipe: Recipe, folder: Path, *, resume: bool = False) -> None:
         say(f"teacher {teacher_top1:.2f} %")
     if start < recipe.epochs:
         say(f"student {before:.2f} % before, {line['test_top1']:.2f} % after")
-    say(f"run folder {folder}, with curves.png; the student: timm.create_model('local-dir:{folder}/last', pretrained=True)")
+    say(
+        f"run folder {folder}, with curves.png; the student: timm.create_model('local-dir:{folder}/last', pretrained=True)"
+    )
 
 
 class Trainer:
@@ -129,16 +134,22 @@ class Trainer:
     def _prepare(self) -> None:
         recipe = self.recipe
         self.network = GlobalLocal(self.student, recipe.grid) if self.teacher else self.student
-        self.criterion = GLDLoss(recipe.alpha, recipe.beta, local_weight=recipe.local_weight, global_batch=True)
+        self.criterion = GLDLoss(
+            recipe.alpha, recipe.beta, local_weight=recipe.local_weight, global_batch=True
+        )
         optimizer = torch.optim.SGD(
-            self.student.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
+            self.student.parameters(),
+            lr=recipe.lr,
+            momentum=recipe.momentum,
+            weight_decay=recipe.weight_decay,
         )
         self._check_models()
         if recipe.compile:
             self.network.compile()
             if self.teacher:
                 self.teacher.compile()
-        # the loaders and the learning rate stay ours: each process takes its share of a global batch by itself
+        # the loaders and the learning rate stay ours: each process takes its share of a global
+        # batch by itself
         self.network, self.optimizer = self.accelerator.prepare(self.network, optimizer)
 
     @torch.no_grad()
@@ -203,9 +214,17 @@ class Trainer:
         evaluator = ClassificationEvaluator(self.accelerator.device)
         log: list[torch.Tensor] = []
         names: list[str] = []
-        hidden = None if self.accelerator.is_local_main_process else True  # None hides it where nobody watches
+        hidden = (
+            None if self.accelerator.is_local_main_process else True
+        )  # None hides it where nobody watches
         steps = len(self.batches)
-        bar = tqdm(self.batches.epoch(epoch), desc=f"epoch {epoch + 1}", total=steps, leave=False, disable=hidden)
+        bar = tqdm(
+            self.batches.epoch(epoch),
+            desc=f"epoch {epoch + 1}",
+            total=steps,
+            leave=False,
+            disable=hidden,
+        )
         for step, (images, target) in enumerate(bar, start=1):
             logits, terms = self.forward(images, target)
             self.accelerator.backward(terms["loss"])
@@ -217,12 +236,18 @@ class Trainer:
             if step % CHECK_EVERY == 0 or step == steps:
                 recent = torch.stack(log[(step - 1) // CHECK_EVERY * CHECK_EVERY :]).cpu()
                 check_finite(recent, names, step, epoch)
-                bar.set_postfix(top1=f"{evaluator.summary()['top1']:.1f}", loss=f"{recent[-1, 0]:.3f}")
+                bar.set_postfix(
+                    top1=f"{evaluator.summary()['top1']:.1f}", loss=f"{recent[-1, 0]:.3f}"
+                )
         means = self.accelerator.reduce(torch.stack(log).mean(0), "mean").tolist()
         scores = evaluator.compute(distributed=self.accelerator.num_processes > 1)
-        return dict(zip(names, means, strict=True), train_top1=scores["top1"], train_top5=scores["top5"])
+        return dict(
+            zip(names, means, strict=True), train_top1=scores["top1"], train_top5=scores["top5"]
+        )
 
-    def forward(self, images: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def forward(
+        self, images: torch.Tensor, target: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the student's global logits `[B, K]` and the loss with its terms."""
         logits = self.network(images)
         if self.teacher is None:
@@ -245,7 +270,9 @@ class Trainer:
         """Evaluate in float32 whatever the training precision, so that scores belong to the weights alone."""
         evaluator = ClassificationEvaluator(self.accelerator.device)
         mean, std, batch_size = self.config["mean"], self.config["std"], self.recipe.eval_batch_size
-        for images, target in eval_batches(self.test, mean, std, batch_size=batch_size, **self.share):
+        for images, target in eval_batches(
+            self.test, mean, std, batch_size=batch_size, **self.share
+        ):
             evaluator.update(predict(images), target)
         return dict(evaluator.compute(distributed=self.accelerator.num_processes > 1))
 
@@ -253,7 +280,10 @@ class Trainer:
         """Write the student as timm reads it, and the summary that marks the run as finished."""
         if self.accelerator.is_main_process:
             save_pretrained(
-                self.student, self.run.path / "last", label_names=self.source.label_names, data_config=self.config
+                self.student,
+                self.run.path / "last",
+                label_names=self.source.label_names,
+                data_config=self.config,
             )
             self.run.write_json("summary.json", summarize(self.run.history, teacher_top1))
         self.accelerator.wait_for_everyone()
@@ -264,14 +294,20 @@ def check_finite(recent: torch.Tensor, names: list[str], step: int, epoch: int) 
     bad = (~recent.isfinite().all(dim=1)).nonzero().flatten()
     if len(bad):
         first = int(bad[0])
-        terms = ", ".join(f"{name} {value:g}" for name, value in zip(names, recent[first].tolist(), strict=True))
+        terms = ", ".join(
+            f"{name} {value:g}" for name, value in zip(names, recent[first].tolist(), strict=True)
+        )
         where = f"step {step - len(recent) + first + 1} of epoch {epoch + 1}"
-        raise NonFiniteLossError(f"the loss is not finite at {where}: {terms}; try a smaller lr or beta")
+        raise NonFiniteLossError(
+            f"the loss is not finite at {where}: {terms}; try a smaller lr or beta"
+        )
 
 
 def describe(line: dict[str, Any], epochs: int) -> str:
     """Return an epoch's metrics as one line for people."""
-    terms = " ".join(f"{name.removeprefix('loss_')} {line[name]:.3f}" for name in line if name.startswith("loss"))
+    terms = " ".join(
+        f"{name.removeprefix('loss_')} {line[name]:.3f}" for name in line if name.startswith("loss")
+    )
     minutes = line["seconds"] * (epochs - line["epoch"]) / 60
     return (
         f"epoch {line['epoch']}/{epochs}  test top-1 {line['test_top1']:.2f}  train top-1 {line['train_top1']:.2f}  "

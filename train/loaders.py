@@ -1,8 +1,8 @@
 """From a dataset's name to batches on the device.
 
-Small sets are decoded once to a uint8 tensor, then cropped, flipped and normalised as batches. Which images
-form batch i of epoch e, and how each is augmented, depends on the seed alone: not on the number of
-processes nor on where a run was resumed.
+Small sets are decoded once to a uint8 tensor, then cropped, flipped and normalised as batches.
+Which images form batch i of epoch e, and how each is augmented, depends on the seed alone: not on
+the number of processes nor on where a run was resumed.
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ class ImageSource:
         self.name = name
         splits = _open(name)
         self.train_split = _pick_split(name, splits, [train_split])
-        self.test_split = _pick_split(name, splits, [test_split] if test_split else ["test", "validation"])
+        self.test_split = _pick_split(
+            name, splits, [test_split] if test_split else ["test", "validation"]
+        )
         self.splits = {split: splits[split] for split in (self.train_split, self.test_split)}
         train = splits[self.train_split]
         self.image_column = _pick_column(name, train, image_column, Image, "image_column")
@@ -77,11 +79,13 @@ class ImageSource:
         """Decode the training and the test split.
 
         Args:
-            image_size: Side in pixels; other sizes are resized by the shorter side and cropped at the centre.
+            image_size: Side in pixels; other sizes are resized by the shorter side and cropped at
+                the centre.
             interpolation: How, as in a timm cfg.
 
         Raises:
-            DataError: If an image cannot be read, a label is outside the classes or memory would not suffice.
+            DataError: If an image cannot be read, a label is outside the classes or memory would
+                not suffice.
         """
         return (
             self._decode_split(self.train_split, image_size, interpolation),
@@ -99,7 +103,9 @@ def _open(name: str) -> dict[str, Dataset]:
         if folder.is_dir():
             return load_dataset(str(folder))
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise DataError(f"dataset={name!r}: there is no such folder; give a folder that exists or a hub id ORG/NAME")
+        raise DataError(
+            f"dataset={name!r}: there is no such folder; give a folder that exists or a hub id ORG/NAME"
+        )
     try:
         return load_dataset(name)
     except Exception as error:
@@ -113,23 +119,35 @@ def _pick_split(name: str, splits: dict[str, Dataset], wanted: list[str]) -> str
     for split in wanted:
         if split in splits:
             return split
-    raise DataError(f"{name} has no split {' or '.join(map(repr, wanted))}; it has {', '.join(splits)}")
+    raise DataError(
+        f"{name} has no split {' or '.join(map(repr, wanted))}; it has {', '.join(splits)}"
+    )
 
 
 def _pick_column(name: str, split: Dataset, wanted: str | None, kind: type, option: str) -> str:
     features = split.features
     if wanted is not None:
-        accepts_integers = kind is ClassLabel and wanted in features and _is_integer(features[wanted])
+        accepts_integers = (
+            kind is ClassLabel and wanted in features and _is_integer(features[wanted])
+        )
         if wanted in features and (isinstance(features[wanted], kind) or accepts_integers):
             return wanted
-        found = f"is a column of type {features[wanted]}" if wanted in features else "is not a column"
-        columns = ", ".join(f"{column} ({type(feature).__name__})" for column, feature in features.items())
+        found = (
+            f"is a column of type {features[wanted]}" if wanted in features else "is not a column"
+        )
+        columns = ", ".join(
+            f"{column} ({type(feature).__name__})" for column, feature in features.items()
+        )
         raise DataError(f"{option}={wanted!r} {found} of {name}; its columns are {columns}")
     for column, feature in features.items():
         if isinstance(feature, kind):
             return column
-    columns = ", ".join(f"{column} ({type(feature).__name__})" for column, feature in features.items())
-    raise DataError(f"{name} has no column of type {kind.__name__}; name one by {option}; its columns are {columns}")
+    columns = ", ".join(
+        f"{column} ({type(feature).__name__})" for column, feature in features.items()
+    )
+    raise DataError(
+        f"{name} has no column of type {kind.__name__}; name one by {option}; its columns are {columns}"
+    )
 
 
 def _is_integer(feature: Any) -> bool:
@@ -144,7 +162,9 @@ def _label_names(split: Dataset, column: str) -> list[str]:
 
 
 def _labels(split: Dataset, column: str, classes: int, where: str) -> torch.Tensor:
-    labels = torch.tensor([-1 if label is None else label for label in split[column]], dtype=torch.int64)
+    labels = torch.tensor(
+        [-1 if label is None else label for label in split[column]], dtype=torch.int64
+    )
     wrong = ((labels < 0) | (labels >= classes)).nonzero().flatten()
     if len(wrong):
         row = int(wrong[0])
@@ -193,8 +213,9 @@ def derive_seed(*parts: int) -> int:
 class TrainBatches:
     """Augmented, normalised batches of a decoded split.
 
-    The epoch's order is a permutation drawn from (seed, epoch); crop and flip of image i are the i-th draw
-    from (seed, epoch). Process r takes rows r::W of each global batch; the last, incomplete one is dropped.
+    The epoch's order is a permutation drawn from (seed, epoch); crop and flip of image i are the
+    i-th draw from (seed, epoch). Process r takes rows r::W of each global batch; the last,
+    incomplete one is dropped.
 
     Args:
         split: Decoded images, on the device that trains.
@@ -228,7 +249,9 @@ class TrainBatches:
                 f"batch_size={batch_size} cannot be shared equally by {world_size} processes; use a multiple"
             )
         if len(split.labels) < batch_size:
-            raise DataError(f"the training split has {len(split.labels)} images, fewer than batch_size={batch_size}")
+            raise DataError(
+                f"the training split has {len(split.labels)} images, fewer than batch_size={batch_size}"
+            )
         self.labels = split.labels
         self.size = split.images.shape[1]
         self.images = torch.nn.functional.pad(split.images, (0, 0, *[crop_padding] * 4))
@@ -250,14 +273,22 @@ class TrainBatches:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
         count = len(self.labels)
         order = torch.randperm(count, generator=generator).to(device)
-        tops, lefts = torch.randint(2 * self.crop_padding + 1, (2, count), generator=generator).to(device)
+        tops, lefts = torch.randint(2 * self.crop_padding + 1, (2, count), generator=generator).to(
+            device
+        )
         flips = (torch.rand(count, generator=generator) < 0.5).to(device) & self.flip
         offsets = torch.arange(self.size, device=device)
         for step in range(len(self)):
-            rows = order[step * self.batch_size : (step + 1) * self.batch_size][self.rank :: self.world_size]
-            columns = torch.where(flips[rows, None], self.size - 1 - offsets, offsets) + lefts[rows, None]
+            rows = order[step * self.batch_size : (step + 1) * self.batch_size][
+                self.rank :: self.world_size
+            ]
+            columns = (
+                torch.where(flips[rows, None], self.size - 1 - offsets, offsets) + lefts[rows, None]
+            )
             lines = tops[rows, None] + offsets
-            pixels = self.images[rows[:, None, None], lines[:, :, None], columns[:, None, :]]  # [B, S, S, 3]
+            pixels = self.images[
+                rows[:, None, None], lines[:, :, None], columns[:, None, :]
+            ]  # [B, S, S, 3]
             yield self.normalize(pixels), self.labels[rows]
 
 
@@ -281,7 +312,9 @@ def eval_batches(
 class Normalize:
     """Map pixels uint8 `[B, S, S, 3]` to normalised float32 `[B, 3, S, S]`, channels last in memory."""
 
-    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> None:
+    def __init__(
+        self, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+    ) -> None:
         self.scale = 1 / (255 * torch.tensor(std, device=device))
         self.shift = -torch.tensor(mean, device=device) / torch.tensor(std, device=device)
 

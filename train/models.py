@@ -52,7 +52,9 @@ def resolve_data_config(student: nn.Module, image_size: int | None) -> dict[str,
     """Return how the student's images are prepared: square, whole, with the mean and std of its cfg."""
     config = resolve_model_data_config(student)
     size = image_size or config["input_size"][-1]
-    config.update(input_size=(config["input_size"][0], size, size), crop_pct=1.0, crop_mode="center")
+    config.update(
+        input_size=(config["input_size"][0], size, size), crop_pct=1.0, crop_mode="center"
+    )
     return config
 
 
@@ -67,13 +69,16 @@ class Teacher(nn.Module):
         mean, std: With which the images were normalised.
     """
 
-    def __init__(self, model: nn.Module, grid: int, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    def __init__(
+        self, model: nn.Module, grid: int, mean: tuple[float, ...], std: tuple[float, ...]
+    ) -> None:
         super().__init__()
         self.logits = GlobalLocal(model, grid)
         config = resolve_model_data_config(model)
         device = next(model.parameters()).device
         own_mean, own_std, mean, std = (
-            torch.tensor(values, device=device)[:, None, None] for values in (config["mean"], config["std"], mean, std)
+            torch.tensor(values, device=device)[:, None, None]
+            for values in (config["mean"], config["std"], mean, std)
         )
         self.same = bool(torch.equal(own_mean, mean) and torch.equal(own_std, std))
         self.register_buffer("scale", std / own_std, persistent=False)

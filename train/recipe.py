@@ -25,18 +25,29 @@ def option(default: Any, text: str) -> Any:
 class Recipe:
     """Everything that decides a run's result; the defaults are the paper's CIFAR-100 setting."""
 
-    student: str = option(dataclasses.MISSING, "model to train: a timm name, trained from random weights")
+    student: str = option(
+        dataclasses.MISSING, "model to train: a timm name, trained from random weights"
+    )
     teacher: str | None = option(
-        None, "model to distil from: a timm name, hf-hub:ORG/NAME or local-dir:PATH; null trains on labels alone"
+        None,
+        "model to distil from: a timm name, hf-hub:ORG/NAME or local-dir:PATH; null trains on labels alone",
     )
 
     dataset: str = option("uoft-cs/cifar100", "hub id, folder in hub layout, or image folder")
     train_split: str = option("train", "split to train on")
-    test_split: str | None = option(None, "split to measure on; null takes 'test', else 'validation'")
+    test_split: str | None = option(
+        None, "split to measure on; null takes 'test', else 'validation'"
+    )
     image_column: str | None = option(None, "column of images; null takes the first of that type")
-    label_column: str | None = option(None, "column of class labels; null takes the first of that type")
-    image_size: int | None = option(None, "side of the square training images in pixels; null takes the student's")
-    crop_padding: int = option(4, "black border in pixels round an image before its random crop; 0 for no crop")
+    label_column: str | None = option(
+        None, "column of class labels; null takes the first of that type"
+    )
+    image_size: int | None = option(
+        None, "side of the square training images in pixels; null takes the student's"
+    )
+    crop_padding: int = option(
+        4, "black border in pixels round an image before its random crop; 0 for no crop"
+    )
     flip: bool = option(True, "mirror half of the training images")
 
     grid: int = option(2, "cells along each side of the feature map, the paper's d")
@@ -47,14 +58,20 @@ class Recipe:
     epochs: int = option(200, "passes over the training split")
     batch_size: int = option(64, "images a step, over all processes together")
     lr: float = option(0.1, "initial learning rate")
-    lr_drops: list[float] = option([0.5, 0.75], "when the learning rate drops, as fractions of the epochs")
+    lr_drops: list[float] = option(
+        [0.5, 0.75], "when the learning rate drops, as fractions of the epochs"
+    )
     lr_decay: float = option(0.1, "factor of each drop")
     momentum: float = option(0.9, "momentum of SGD")
     weight_decay: float = option(5e-4, "L2 penalty on every parameter")
 
-    seed: int = option(0, "seed of the initial weights, the order of the images and their augmentation")
+    seed: int = option(
+        0, "seed of the initial weights, the order of the images and their augmentation"
+    )
     eval_batch_size: int = option(500, "images a step of evaluation, over all processes together")
-    compile: bool = option(False, "compile the models with torch.compile: slower start, faster steps")
+    compile: bool = option(
+        False, "compile the models with torch.compile: slower start, faster steps"
+    )
     keep_checkpoints: int = option(2, "newest checkpoints to keep")
 
     def __post_init__(self) -> None:
@@ -79,9 +96,13 @@ class Recipe:
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
-                raise ValueError(f"{name}={value} is out of range; it must lie between {low} and {high}")
+                raise ValueError(
+                    f"{name}={value} is out of range; it must lie between {low} and {high}"
+                )
         if any(not 0 < drop < 1 for drop in self.lr_drops):
-            raise ValueError(f"lr_drops={self.lr_drops} must be fractions of the epochs, between 0 and 1")
+            raise ValueError(
+                f"lr_drops={self.lr_drops} must be fractions of the epochs, between 0 and 1"
+            )
 
     def lr_at(self, epoch: int) -> float:
         """Return the learning rate of an epoch, counted from 0."""
@@ -91,7 +112,11 @@ class Recipe:
     def differences(self, other: Recipe) -> list[str]:
         """Describe the options in which another recipe differs, one line each."""
         mine, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
-        return [f"{name}: {mine[name]} here, {theirs[name]} there" for name in mine if mine[name] != theirs[name]]
+        return [
+            f"{name}: {mine[name]} here, {theirs[name]} there"
+            for name in mine
+            if mine[name] != theirs[name]
+        ]
 
     def save(self, path: Path) -> None:
         """Write the recipe as YAML that `--config` takes."""
@@ -109,12 +134,18 @@ def add_recipe_options(parser: ArgumentParser) -> None:
     """Give a parser one option a field of `Recipe`."""
     hints = get_type_hints(Recipe)
     for field in dataclasses.fields(Recipe):
-        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        required = (
+            field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        )
         default = {}
         if not required:
-            default["default"] = field.default_factory() if field.default is dataclasses.MISSING else field.default
+            default["default"] = (
+                field.default_factory() if field.default is dataclasses.MISSING else field.default
+            )
         text = field.metadata["help"]
-        parser.add_argument(f"--{field.name}", type=hints[field.name], required=required, help=text, **default)
+        parser.add_argument(
+            f"--{field.name}", type=hints[field.name], required=required, help=text, **default
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,9 +160,17 @@ class Command:
 def parse_command(description: str, argv: list[str] | None = None) -> Command:
     """Read `--config FILE`, then `--field value` over it; an unknown or ill-typed option ends the program."""
     parser = ArgumentParser(description=description)
-    parser.add_argument("--config", action="config", help="YAML file of options; the command line goes before it")
-    parser.add_argument("--run", type=str | None, help="run folder; null makes runs/<recipe>-<seed>")
-    parser.add_argument("--resume", action="store_true", help="go on from the run folder's newest checkpoint, if any")
+    parser.add_argument(
+        "--config", action="config", help="YAML file of options; the command line goes before it"
+    )
+    parser.add_argument(
+        "--run", type=str | None, help="run folder; null makes runs/<recipe>-<seed>"
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the run folder's newest checkpoint, if any",
+    )
     add_recipe_options(parser)
     namespace = parser.parse_args(argv)
     configs = namespace.pop("config") or []

@@ -24,7 +24,13 @@ from recipe import Recipe
 
 PACKAGE = CHECKOUT / "gld_zoo"
 RESULTS = PACKAGE / "results.json"
-LOCAL_OPTIONS = {"dataset", "seed", "eval_batch_size", "keep_checkpoints", "compile"}  # do not change the result's meaning
+LOCAL_OPTIONS = {
+    "dataset",
+    "seed",
+    "eval_batch_size",
+    "keep_checkpoints",
+    "compile",
+}  # do not change the result's meaning
 
 
 def release(run: Path, name: str, setup: str, role: str, recipe_name: str) -> dict[str, Any]:
@@ -44,7 +50,9 @@ def release(run: Path, name: str, setup: str, role: str, recipe_name: str) -> di
     shutil.copyfile(run / "last" / "model.safetensors", weights)
     shutil.copyfile(run / "metrics.jsonl", weights.with_name(f"{name}.metrics.jsonl"))
     model = timm.create_model(f"local-dir:{run}/last", pretrained=True).eval()
-    weights.with_name(f"{name}.logits.json").write_text(json.dumps(stored_logits(model)) + "\n", encoding="utf-8")
+    weights.with_name(f"{name}.logits.json").write_text(
+        json.dumps(stored_logits(model)) + "\n", encoding="utf-8"
+    )
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     environment = json.loads((run / "env.json").read_text(encoding="utf-8"))
     return dict(
@@ -52,7 +60,9 @@ def release(run: Path, name: str, setup: str, role: str, recipe_name: str) -> di
         role=role,
         teacher=recipe.teacher,
         recipe=recipe_name,
-        changes=changes(recipe, Recipe.load(CHECKOUT / "train" / "recipes" / f"{recipe_name}.yaml")),
+        changes=changes(
+            recipe, Recipe.load(CHECKOUT / "train" / "recipes" / f"{recipe_name}.yaml")
+        ),
         epochs=recipe.epochs,
         schedule=f"SGD, batch {recipe.batch_size}, lr {recipe.lr:g} x{recipe.lr_decay:g} at "
         + " and ".join(f"{drop:.0%}" for drop in recipe.lr_drops),
@@ -79,16 +89,27 @@ def release(run: Path, name: str, setup: str, role: str, recipe_name: str) -> di
 @torch.no_grad()
 def stored_logits(model: torch.nn.Module) -> dict[str, Any]:
     """Return two bundled test images as uint8 `[2, H, W, 3]` and the logits `[2, K]` the weights give them."""
-    _, test = ImageSource(str(PACKAGE / "data" / "cifar100_mini")).decode(model.pretrained_cfg["input_size"][-1])
+    _, test = ImageSource(str(PACKAGE / "data" / "cifar100_mini")).decode(
+        model.pretrained_cfg["input_size"][-1]
+    )
     pixels = test.images[:2]
-    images = Normalize(model.pretrained_cfg["mean"], model.pretrained_cfg["std"], pixels.device)(pixels)
-    return dict(images=pixels.tolist(), logits=[[round(value, 5) for value in row] for row in model(images).tolist()])
+    images = Normalize(model.pretrained_cfg["mean"], model.pretrained_cfg["std"], pixels.device)(
+        pixels
+    )
+    return dict(
+        images=pixels.tolist(),
+        logits=[[round(value, 5) for value in row] for row in model(images).tolist()],
+    )
 
 
 def changes(used: Recipe, published: Recipe) -> dict[str, Any]:
     """Return the options that a run changed from the recipe it names."""
     before, after = dataclasses.asdict(published), dataclasses.asdict(used)
-    return {name: after[name] for name in after if name not in LOCAL_OPTIONS and after[name] != before[name]}
+    return {
+        name: after[name]
+        for name in after
+        if name not in LOCAL_OPTIONS and after[name] != before[name]
+    }
 
 
 def main() -> None:
@@ -96,9 +117,13 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="finished run folder")
     parser.add_argument("--name", type=str, required=True, help="architecture.tag of the weights")
-    parser.add_argument("--recipe", type=str, required=True, help="recipe it follows, by its file's stem")
+    parser.add_argument(
+        "--recipe", type=str, required=True, help="recipe it follows, by its file's stem"
+    )
     parser.add_argument("--setup", type=str, required=True, help="row of the paper in results.json")
-    parser.add_argument("--role", type=Literal["teacher", "alone", "gld"], required=True, help="part in that row")
+    parser.add_argument(
+        "--role", type=Literal["teacher", "alone", "gld"], required=True, help="part in that row"
+    )
     options = parser.parse_args()
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
     entry = release(options.run, options.name, options.setup, options.role, options.recipe)

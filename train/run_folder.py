@@ -31,10 +31,12 @@ class RunFolder:
     Args:
         path: The folder.
         recipe: The run's options.
-        resume: Accept a folder that holds an unfinished run of the same recipe; without one, start anew.
+        resume: Accept a folder that holds an unfinished run of the same recipe; without one, start
+            anew.
 
     Raises:
-        RunError: If the folder is in use, or holds another recipe's run or a file stands in its place.
+        RunError: If the folder is in use, or holds another recipe's run or a file stands in its
+            place.
     """
 
     def __init__(self, path: Path, recipe: Recipe, *, resume: bool) -> None:
@@ -51,14 +53,22 @@ class RunFolder:
         if not self.path.is_dir() or not any(self.path.iterdir()):
             return
         if not saved.is_file():
-            raise RunError(f"{self.path} is not empty and holds no run; name another run folder by --run")
+            raise RunError(
+                f"{self.path} is not empty and holds no run; name another run folder by --run"
+            )
         if not resume:
             state = "a finished run" if self.finished else "an unfinished run"
-            remedy = "name another by --run" if self.finished else "go on with --resume or name another by --run"
+            remedy = (
+                "name another by --run"
+                if self.finished
+                else "go on with --resume or name another by --run"
+            )
             raise RunError(f"{self.path} holds {state}; {remedy}, or delete the folder")
         differences = self.recipe.differences(Recipe.load(saved))
         if differences:
-            raise RunError(f"{self.path} holds a run of another recipe ({'; '.join(differences)}); name another by --run")
+            raise RunError(
+                f"{self.path} holds a run of another recipe ({'; '.join(differences)}); name another by --run"
+            )
 
     @property
     def finished(self) -> bool:
@@ -121,7 +131,10 @@ def _commit() -> str | None:
     folder = Path(__file__).parent
     try:
         return subprocess.check_output(
-            ["git", "describe", "--always", "--dirty"], cwd=folder, text=True, stderr=subprocess.DEVNULL
+            ["git", "describe", "--always", "--dirty"],
+            cwd=folder,
+            text=True,
+            stderr=subprocess.DEVNULL,
         ).strip()
     except (OSError, subprocess.CalledProcessError):
         return None
@@ -137,7 +150,9 @@ def draw_curves(history: list[dict[str, Any]], path: Path) -> None:
     for key in history[-1]:
         if key.startswith("loss_") or key == "loss":
             style = dict(color="black", linewidth=2) if key == "loss" else {}
-            axes[1].plot(epochs, [line[key] for line in history], label=key.removeprefix("loss_"), **style)
+            axes[1].plot(
+                epochs, [line[key] for line in history], label=key.removeprefix("loss_"), **style
+            )
     axes[1].set(title="training loss and its weighted terms", xlabel="epoch", yscale="log")
     axes[2].step(epochs, [line["lr"] for line in history], where="mid", color="gray")
     axes[2].set(title="learning rate", xlabel="epoch", yscale="log")
