@@ -24,7 +24,7 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 
 def cifar_cfg(name: str = "", **kwargs: Any) -> dict[str, Any]:
-    """Return a timm pretrained cfg for CIFAR-100; `name` is the weight file in `gld_zoo/weights`, if any."""
+    """Return a timm pretrained cfg for CIFAR-100; `name` is that of the weights, if any."""
     weights = dict(file=str(WEIGHTS / f"{name}.safetensors")) if name else {}
     return dict(
         num_classes=100,
@@ -43,7 +43,7 @@ def cifar_cfg(name: str = "", **kwargs: Any) -> dict[str, Any]:
 
 
 class Stage(NamedTuple):
-    """Geometry of one stage: the first block strides and uses `first_dilation`, the others `dilation`."""
+    """Geometry of a stage: its first block strides and has a dilation of its own."""
 
     stride: int
     first_dilation: int
@@ -146,7 +146,7 @@ class CifarNet(LocalLogits, nn.Module):
         return self.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a new one of `num_classes`; `global_pool=None` keeps the pooling."""
+        """Make a new classifier of `num_classes`; `global_pool=None` keeps the pooling."""
         self.num_classes = num_classes
         self.global_pool, self.fc = create_classifier(
             self.num_features,
@@ -167,7 +167,7 @@ class CifarNet(LocalLogits, nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
-        """Return the stages' outputs, and unless `intermediates_only` the final features before them.
+        """Return the stages' outputs, after the final features unless `intermediates_only`.
 
         Args:
             x: Images `[B, in_chans, H, W]`.
@@ -196,7 +196,7 @@ class CifarNet(LocalLogits, nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop what the stages at `indices` do not need and return those indices, counted from the first stage."""
+        """Drop what the stages at `indices` do not need; return those indices from 0."""
         take_indices, max_index = feature_take_indices(3, indices)
         prune_end = max_index < 2
         for i in range(max_index + 1, 3):
@@ -223,7 +223,7 @@ class CifarNet(LocalLogits, nn.Module):
         return self.norm(x)
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """Pool a feature map `[B, D, H, W]` and classify it: `[B, K]`, or `[B, D]` with `pre_logits`."""
+        """Pool and classify a map `[B, D, H, W]`: `[B, K]`, or `[B, D]` with `pre_logits`."""
         x = self.global_pool(x)
         if self.drop_rate:
             x = F.dropout(x, p=float(self.drop_rate), training=self.training)

@@ -19,7 +19,7 @@ __all__ = ["CifarWideResNet"]
 
 
 class PreActBlock(nn.Module):
-    """Pre-activation residual block; a shortcut that changes shape starts after the first activation."""
+    """Pre-activation block; a shortcut that changes shape starts after the first activation."""
 
     def __init__(
         self,

@@ -52,7 +52,7 @@ default_cfgs = generate_default_cfgs(
 
 @register_model
 def gld_resnet18(pretrained: bool = False, **kwargs: Any) -> GLDResNet:
-    """Build ResNet-18, 11.7M parameters with 1000 classes; the paper's ImageNet and downstream student."""
+    """Build ResNet-18, 11.7M parameters with 1000 classes; the paper's larger student."""
     return _create_gld_resnet(
         "gld_resnet18", pretrained, **dict(dict(layers=(2, 2, 2, 2)), **kwargs)
     )
@@ -60,7 +60,7 @@ def gld_resnet18(pretrained: bool = False, **kwargs: Any) -> GLDResNet:
 
 @register_model
 def gld_resnet34(pretrained: bool = False, **kwargs: Any) -> GLDResNet:
-    """Build ResNet-34, 21.8M parameters with 1000 classes; the paper's ImageNet and downstream teacher."""
+    """Build ResNet-34, 21.8M parameters with 1000 classes; the paper's larger teacher."""
     return _create_gld_resnet(
         "gld_resnet34", pretrained, **dict(dict(layers=(3, 4, 6, 3)), **kwargs)
     )

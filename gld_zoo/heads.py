@@ -1,8 +1,9 @@
-"""Global and local logits of any timm CNN: the model's own head, on the whole map and on each cell of a grid."""
+"""Global and local logits of any timm CNN: its own head, on the whole map and on each cell."""
 
 from __future__ import annotations
 
 import weakref
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
@@ -18,7 +19,7 @@ class LocalLogits:
 
     def forward_logits(self, images: torch.Tensor, grid: int = 2) -> torch.Tensor:
         """Return global and local logits `[B, 1+L, K]`; see `global_local_logits`."""
-        return global_local_logits(self, images, grid)
+        return global_local_logits(cast(nn.Module, self), images, grid)
 
 
 class GlobalLocal(nn.Module):
@@ -43,7 +44,7 @@ class GlobalLocal(nn.Module):
 
 
 def global_local_logits(model: nn.Module, images: torch.Tensor, grid: int = 2) -> torch.Tensor:
-    """Classify the whole feature map and each cell of a `grid` x `grid` tiling of it, by the model's own head.
+    """Classify the whole feature map and each of its grid² cells by the model's own head.
 
     Each average-pooled cell goes through `model.forward_head` as a 1 x 1 map, so that norms and 1 x
     1 convolutions of the head count. Under autocast the head runs in float32: the relation term is
@@ -68,7 +69,7 @@ def global_local_logits(model: nn.Module, images: torch.Tensor, grid: int = 2) -
     """
     if not torch.compiler.is_compiling():
         _check_model(model)
-    features = model.forward_features(images)
+    features = cast(Any, model).forward_features(images)
     if not torch.compiler.is_compiling():
         _check_map(model, features, images, grid)
         _check_head(model, features)
@@ -79,7 +80,7 @@ def global_local_logits(model: nn.Module, images: torch.Tensor, grid: int = 2) -
     return _head_rows(model, features, grid)
 
 
-def _head_rows(model: nn.Module, features: torch.Tensor, grid: int) -> torch.Tensor:
+def _head_rows(model: Any, features: torch.Tensor, grid: int) -> torch.Tensor:
     cells = F.adaptive_avg_pool2d(features, grid).flatten(2)  # [B, D, L]
     pooled = torch.cat([features.mean((2, 3)).unsqueeze(2), cells], dim=2)  # [B, D, 1+L]
     rows = pooled.transpose(1, 2).flatten(0, 1)  # [B(1+L), D]
@@ -87,37 +88,39 @@ def _head_rows(model: nn.Module, features: torch.Tensor, grid: int) -> torch.Ten
     return logits.unflatten(0, (features.shape[0], 1 + grid * grid))
 
 
-def _check_model(model: nn.Module) -> None:
+def _check_model(model: Any) -> None:
     name = type(model).__name__
     if not (hasattr(model, "forward_features") and hasattr(model, "forward_head")):
         raise ValueError(
-            f"{name} has no forward_features and forward_head; local logits need a whole timm classifier, "
-            "not a features_only or wrapped model"
+            f"{name} has no forward_features and forward_head; local logits need a whole timm "
+            "classifier, not a features_only or wrapped model"
         )
     if not getattr(model, "num_classes", 0):
         raise ValueError(
-            f"{name} has no classifier (num_classes={getattr(model, 'num_classes', None)}), so it has no local "
-            "logits; create it with num_classes=K or call reset_classifier(K)"
+            f"{name} has no classifier (num_classes={getattr(model, 'num_classes', None)}), so it "
+            "has no local logits; create it with num_classes=K or call reset_classifier(K)"
         )
 
 
-def _check_map(model: nn.Module, features: torch.Tensor, images: torch.Tensor, grid: int) -> None:
+def _check_map(model: Any, features: torch.Tensor, images: torch.Tensor, grid: int) -> None:
     name = type(model).__name__
     if features.ndim != 4 or features.shape[1] != model.num_features:
         raise ValueError(
-            f"{name}.forward_features gives {list(features.shape)} for images {list(images.shape)}; local logits "
-            f"need a feature map [B, {model.num_features}, H, W], as convolutional networks have"
+            f"{name}.forward_features gives {list(features.shape)} for images "
+            f"{list(images.shape)}; local logits need a map [B, {model.num_features}, H, W], "
+            "as convolutional networks have"
         )
     height, width = features.shape[2:]
     if grid < 1 or grid > min(height, width):
         raise ValueError(
-            f"grid={grid} needs a feature map of at least {grid}x{grid}, got {height}x{width} for a "
-            f"{images.shape[2]}x{images.shape[3]} input; use a larger input or a grid from 1 to {min(height, width)}"
+            f"grid={grid} needs a feature map of at least {grid}x{grid}, got {height}x{width} "
+            f"for a {images.shape[2]}x{images.shape[3]} input; use a larger input "
+            f"or a grid from 1 to {min(height, width)}"
         )
 
 
 @torch.no_grad()
-def _check_head(model: nn.Module, features: torch.Tensor) -> None:
+def _check_head(model: Any, features: torch.Tensor) -> None:
     """Refuse, once a classifier, a head that does not begin with average pooling."""
     classifier = model.get_classifier()
     checked = _checked_heads.get(model)
@@ -135,12 +138,11 @@ def _check_head(model: nn.Module, features: torch.Tensor) -> None:
     finally:
         for module in training:
             module.training = True
-    # rounding alone (8 bits in bfloat16) stays far below 5%; another pooling is off by the size of
-    # the logits
+    # rounding, 8 bits in bfloat16, stays far below 5%; another pooling is off by the logits' size
     if whole.shape != pooled.shape or (whole - pooled).abs().max() > 0.05 * whole.abs().max():
         raise ValueError(
-            f"the head of {type(model).__name__} does not begin with average pooling: it gives other logits for a "
-            "feature map than for the map's mean, so its local logits are undefined; use a model with "
-            "global_pool='avg' and no spatial layer in its head"
+            f"the head of {type(model).__name__} does not begin with average pooling: it gives "
+            "other logits for a feature map than for the map's mean, so local logits are "
+            "undefined; use a model with global_pool='avg' and no spatial layer in its head"
         )
     _checked_heads[model] = weakref.ref(classifier)

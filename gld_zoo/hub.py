@@ -1,4 +1,4 @@
-"""Write models the way timm, transformers and the Hugging Face hub read them: safetensors and config.json."""
+"""Write models as timm, transformers and the Hugging Face hub read them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def save_pretrained(
     label_names: list[str] | None = None,
     data_config: dict[str, Any] | None = None,
 ) -> Path:
-    """Write `model.safetensors` and `config.json`; `timm.create_model('local-dir:FOLDER', pretrained=True)` reads them.
+    """Write `model.safetensors` and `config.json`, which `local-dir:FOLDER` loads in timm.
 
     Args:
         model: A timm model.

@@ -1,4 +1,4 @@
-"""The GLD loss: normalised distillation of global and local logits, and their densely connected relations.
+"""The GLD loss: normalised distillation of global and local logits, and their relations.
 
 Kim et al., "Distilling Global and Local Logits with Densely Connected Relations", ICCV 2021.
 
@@ -8,6 +8,7 @@ Everything here is computed in float32, or in float64 for float64 input, with au
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,13 +16,15 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
+Reduction = Callable[[torch.Tensor], torch.Tensor]  # a sum over processes, or nothing
+
 # The plain form works on this many entries of a distance matrix at a time: 16 MiB of float32 a
 # matrix.
 _BLOCK_ENTRIES = 1 << 22
 
 
 def logit_kl(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """Compute KL(teacher || student) of logits that are each divided by their own standard deviation.
+    """Compute KL(teacher || student) of logits over their own standard deviation.
 
     The standard deviation over the K classes is the unbiased one; there is no temperature. A
     constant row stands for the uniform distribution.
@@ -74,7 +77,8 @@ def relation(
     """
     if student.ndim != 2 or student.shape != teacher.shape:
         raise ValueError(
-            f"relation takes two [N, K] tensors of one shape, got {list(student.shape)} and {list(teacher.shape)}"
+            f"relation takes two [N, K] tensors of one shape, got {list(student.shape)} and "
+            f"{list(teacher.shape)}"
         )
     reduce = _all_reduce if global_batch and _is_distributed() else _identity
     world_size = dist.get_world_size() if reduce is _all_reduce else 1
@@ -100,9 +104,9 @@ def _linear_is_cheaper(rows: int, classes: int) -> bool:
 
 
 def _centre(
-    logits: torch.Tensor, rows: int, dtype: torch.dtype, reduce
+    logits: torch.Tensor, rows: int, dtype: torch.dtype, reduce: Reduction
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return centred rows scaled to a largest entry of 1, and whether all rows are identical up to rounding.
+    """Return centred rows scaled to a largest entry of 1, and whether all were identical.
 
     Distances do not change under a shift, and the relation not under a scale, so the scale needs no
     gradient; both keep the arithmetic that follows far from cancellation, overflow and underflow.
@@ -126,9 +130,9 @@ def _relation_linear(
     student_flat: torch.Tensor,
     teacher_flat: torch.Tensor,
     rows: int,
-    reduce,
+    reduce: Reduction,
 ) -> torch.Tensor:
-    """Evaluate `2/N² sum_r (1 - cos_r)`, cos_r between the r-th distance rows, from moments of centred rows.
+    """Evaluate `2/N² sum_r (1 - cos_r)`, cos_r between distance rows, from moments of rows.
 
     In float64 throughout: 1 - cos cancels.
     """
@@ -162,7 +166,7 @@ def _row_products(
     moments: torch.Tensor,
     rows: int,
 ) -> torch.Tensor:
-    """Return, for each row r, the inner product over c of |x_r - x_c|² and |y_r - y_c|² (a = |x|², b = |y|²).
+    """Return, for each row r, the sum over c of |x_r - x_c|² |y_r - y_c|² (a = |x|², b = |y|²).
 
     The rows are centred, so the terms with sums of x or y vanish, and their gradient with them.
     """
@@ -176,7 +180,7 @@ def _row_products(
 
 
 class _RelationBlocks(torch.autograd.Function):
-    """The plain form; its gradient is worked out block by block along with the value, so nothing N x N is kept."""
+    """The plain form; value and gradient are worked out together, so nothing N x N is kept."""
 
     @staticmethod
     def forward(ctx: Any, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
@@ -214,7 +218,7 @@ class _RelationBlocks(torch.autograd.Function):
 def _unit_distances(
     x: torch.Tensor, squares: torch.Tensor, part: slice
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return rows `part` of the squared distances, each divided by its norm, and the norms (1 where zero)."""
+    """Return rows `part` of the squared distances over their norms, and the norms (1 for 0)."""
     distances = torch.addmm(squares, x[part], x.T, alpha=-2).add_(squares[part, None]).clamp_(min=0)
     distances.diagonal(part.start).zero_()
     norm = distances.norm(dim=1, keepdim=True)
@@ -316,12 +320,12 @@ def _check_shapes(student: torch.Tensor, teacher: torch.Tensor, target: torch.Te
         )
     if teacher.shape != student.shape:
         raise ValueError(
-            f"teacher logits {list(teacher.shape)} differ from student logits {list(student.shape)}; both models "
-            "need the same grid and the same classes"
+            f"teacher logits {list(teacher.shape)} differ from student logits "
+            f"{list(student.shape)}; both models need the same grid and the same classes"
         )
     if target.shape != student.shape[:1]:
         raise ValueError(
-            f"target must hold one class index an image, [{student.shape[0]}], got {list(target.shape)}"
+            f"target must hold one class index an image, [{len(student)}], got {list(target.shape)}"
         )
 
 
@@ -368,6 +372,6 @@ def _check_equal_rows(student: torch.Tensor) -> None:
     largest, smallest = counts[0].item(), -counts[1].item()
     if largest != smallest:
         raise ValueError(
-            f"processes hold from {smallest} to {largest} rows of logits; the relation over the global batch needs "
-            "the same number on each: drop the incomplete last batch"
+            f"processes hold from {smallest} to {largest} rows of logits; the relation over the "
+            "global batch needs the same number on each: drop the incomplete last batch"
         )

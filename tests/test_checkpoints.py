@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent, verified, the newest kept, and an optimiser that goes on exactly."""
+"""Checkpoints: whole or absent, verified, the newest kept; an optimiser goes on exactly."""
 
 import json
 

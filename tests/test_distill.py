@@ -80,7 +80,7 @@ def test_saved_recipe_repeats_the_run_to_the_bit(student_run, tmp_path, distill)
 
 @pytest.mark.parametrize("damage", [None, "truncated", "flipped", "missing"])
 def test_resume_gives_the_same_bits(student_run, tmp_path, distill, damage):
-    """Copy the run as a kill left it: after the last checkpoint, before the export; then hurt that checkpoint."""
+    """Copy the run as a kill before the export left it, then hurt its last checkpoint."""
     run = tmp_path / "run"
     shutil.copytree(student_run, run)
     shutil.rmtree(run / "last")
@@ -108,7 +108,7 @@ def test_resume_gives_the_same_bits(student_run, tmp_path, distill, damage):
 
 
 def test_two_processes_share_the_run_of_one(student_run, tmp_path):
-    """Batch norm's statistics are each process's own, so the weights differ; schedule, counts and folder do not."""
+    """Batch norm is each process's own, so weights differ; schedule and counts do not."""
     launch("--config", student_run / "recipe.yaml", "--run", tmp_path / "two", processes=2)
     one, two = (read_lines(folder / "metrics.jsonl") for folder in (student_run, tmp_path / "two"))
     assert [line["lr"] for line in one] == [line["lr"] for line in two]

@@ -1,4 +1,4 @@
-"""The relation over the global batch: two real gloo processes give one process's value and gradient."""
+"""The relation over the global batch: two gloo processes give what one gives."""
 
 import os
 

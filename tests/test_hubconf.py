@@ -23,7 +23,8 @@ def test_hub_lists_exactly_the_architectures():
 def test_hub_loads_from_another_folder(tmp_path):
     code = (
         "import torch\n"
-        f"model = torch.hub.load({str(CHECKOUT)!r}, 'gld_resnet20', source='local', num_classes=7)\n"
+        f"path = {str(CHECKOUT)!r}\n"
+        "model = torch.hub.load(path, 'gld_resnet20', source='local', num_classes=7)\n"
         "assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 7)\n"
     )
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=120)

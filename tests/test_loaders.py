@@ -1,4 +1,4 @@
-"""From a dataset's name to batches: columns by type, real files, errors by row, and a seed that decides all."""
+"""From a dataset's name to batches: real files, errors by row, a seed that decides all."""
 
 import io
 
@@ -91,7 +91,7 @@ def test_unreadable_image_is_named_by_row(tmp_path, rows):
         img=[*columns["img"][:13], {"bytes": b"no image", "path": None}, *columns["img"][14:]],
     )
     folder = write_dataset(tmp_path, dict(train=broken, test=columns))
-    with pytest.raises(DataError, match="row 13 of split 'train'.*not a readable image"):
+    with pytest.raises(DataError, match=r"row 13 of split 'train'.*not a readable image"):
         ImageSource(str(folder)).decode(32)
 
 
@@ -205,7 +205,7 @@ def test_augmentation_belongs_to_the_image_not_to_its_place_in_the_batch(split):
     whole = {
         int(label): image
         for images, labels in batches_of(split).epoch(2)
-        for image, label in zip(images, labels)
+        for image, label in zip(images, labels, strict=True)
     }
     halves = batches_of(split, batch_size=12).epoch(2)
     for images, labels in halves:

@@ -1,4 +1,4 @@
-"""The loss against a float64 reference written out from the paper's equations, and its promises at the edges."""
+"""The loss against the paper's equations in float64, and its promises at the edges."""
 
 import pytest
 import torch

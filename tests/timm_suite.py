@@ -1,4 +1,4 @@
-"""Run timm's own model tests, from the source distribution of the installed timm, on every `gld_*` model.
+"""Run timm's own model tests, from the installed timm's source, on every `gld_*` model.
 
     python tests/timm_suite.py [pytest options]
 
@@ -31,7 +31,7 @@ def list_gld_models(
     include_tags: bool | None = None,
     **kwargs: bool,
 ) -> list[str]:
-    """Stand in for `timm.list_models` in timm's tests: only `gld_*`, counted among every module they list."""
+    """Stand in for `timm.list_models` in timm's tests: `gld_*` only, whatever the module."""
     names = _list_models(
         "gld_*", exclude_filters=exclude_filters, include_tags=include_tags, **kwargs
     )

@@ -22,7 +22,7 @@ ROLES = ("teacher", "alone", "gld")
 def setups_table(results: dict[str, Any]) -> list[str]:
     """Return one line a setup: ours at the last epoch beside the paper's."""
     lines = [
-        "| setup | teacher → student | epochs: teacher, student | teacher | student alone | student, GLD |",
+        "| setup | teacher → student | epochs (paper) | teacher | student alone | student, GLD |",
         "|---|---|---|---|---|---|",
     ]
     for setup, paper in results["paper"].items():
@@ -32,20 +32,16 @@ def setups_table(results: dict[str, Any]) -> list[str]:
         if not ours:
             continue
         cells = [f"{score(ours.get(role))} ({paper[role]['top1']:.2f})" for role in ROLES]
-        epochs = ", ".join(
-            str(ours[role]["epochs"]) if role in ours else "–" for role in ("teacher", "gld")
-        )
+        epochs = ", ".join(str(ours[role]["epochs"]) if role in ours else "-" for role in ROLES)
         pair = f"{paper['teacher']['model']} → {paper['gld']['model']}"
-        lines.append(
-            f"| {setup} | {pair} | {epochs} (paper: {paper['epochs']}) | {' | '.join(cells)} |"
-        )
+        lines.append(f"| {setup} | {pair} | {epochs} ({paper['epochs']}) | {' | '.join(cells)} |")
     return lines
 
 
 def weights_table(results: dict[str, Any]) -> list[str]:
     """Return one line a set of weights: what it is, how it was trained, last and best epoch."""
     lines = [
-        "| weights | parameters | top-1 | top-5 | recipe, changes | seeds | precision, hardware | hours | best epoch |",
+        "| weights | parameters | top-1 | top-5 | recipe, changes | seeds | on | hours | best |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, entry in results["weights"].items():
@@ -53,18 +49,25 @@ def weights_table(results: dict[str, Any]) -> list[str]:
         best = "; ".join(
             f"{run['best_epoch_top1']:.2f} at {run['best_epoch']}" for run in entry["runs"]
         )
-        lines.append(
-            f"| `{name}` | {entry['parameters']:,} | {score(entry)} | {score(entry, 'top5')} | "
-            f"{entry['recipe']}, {changes} | {', '.join(str(run['seed']) for run in entry['runs'])} | "
-            f"{entry['precision']}, {entry['hardware']} | {sum(run['hours'] for run in entry['runs']):.1f} | {best} |"
-        )
+        cells = [
+            f"`{name}`",
+            f"{entry['parameters']:,}",
+            score(entry),
+            score(entry, "top5"),
+            f"{entry['recipe']}, {changes}",
+            ", ".join(str(run["seed"]) for run in entry["runs"]),
+            f"{entry['hardware']}, {entry['precision']}",
+            f"{sum(run['hours'] for run in entry['runs']):.1f}",
+            best,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
 def score(entry: dict[str, Any] | None, key: str = "top1") -> str:
     """Return a mean over seeds, with the standard deviation where there are several."""
     if entry is None:
-        return "–"
+        return "-"
     values = [run[key] for run in entry["runs"]]
     spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.2f}{spread}"

@@ -98,7 +98,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dic
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Flatten an optimiser's tensors to `<parameter index>.<name>`; hyperparameters are the recipe's."""
+    """Flatten an optimiser's tensors to `<parameter index>.<name>`."""
     state = optimizer.state_dict()["state"]
     return {
         f"{index}.{name}": value

@@ -1,4 +1,4 @@
-"""Distil a student from a teacher; without a teacher, train on the labels alone (a teacher, a baseline).
+"""Distil a student from a teacher; without one, train on labels alone (a teacher, a baseline).
 
     accelerate launch train/distill.py --config train/recipes/quickstart.yaml accelerate launch
     --mixed_precision bf16 train/distill.py --config train/recipes/X.yaml --seed 1 accelerate launch
@@ -56,7 +56,8 @@ def main(recipe: Recipe, folder: Path, *, resume: bool = False) -> None:
     trainer = Trainer(recipe, run, accelerator)
     run.start(accelerator)
     say(
-        f"{recipe.dataset}: {len(trainer.batches.labels):,} training and {len(trainer.test.labels):,} test images"
+        f"{recipe.dataset}: {len(trainer.batches.labels):,} training and "
+        f"{len(trainer.test.labels):,} test images"
     )
     teacher_top1 = trainer.measure_teacher()
     if teacher_top1 is not None:
@@ -73,7 +74,8 @@ def main(recipe: Recipe, folder: Path, *, resume: bool = False) -> None:
     if start < recipe.epochs:
         say(f"student {before:.2f} % before, {line['test_top1']:.2f} % after")
     say(
-        f"run folder {folder}, with curves.png; the student: timm.create_model('local-dir:{folder}/last', pretrained=True)"
+        f"run folder {folder}, with curves.png; the student: "
+        f"timm.create_model('local-dir:{folder}/last', pretrained=True)"
     )
 
 
@@ -154,7 +156,7 @@ class Trainer:
 
     @torch.no_grad()
     def _check_models(self) -> None:
-        """Show both models two images, so that what they refuse is refused before the first epoch."""
+        """Show both models two images: what they refuse is refused before the first epoch."""
         images = torch.zeros((2, *self.config["input_size"]), device=self.accelerator.device)
         try:
             self.network.eval()(images)
@@ -164,7 +166,7 @@ class Trainer:
             raise ModelError(str(error)) from error
 
     def restore(self) -> int:
-        """Load the newest undamaged checkpoint into student and optimiser and return the epochs it has seen."""
+        """Load the newest undamaged checkpoint and return the epochs it has seen."""
         for path in reversed(list_checkpoints(self.run.checkpoints)):
             try:
                 tensors, state = load_checkpoint(path)
@@ -179,7 +181,7 @@ class Trainer:
         return 0
 
     def run_epoch(self, epoch: int) -> dict[str, Any]:
-        """Train and measure one epoch, counted from 0; write its checkpoint and its line of metrics."""
+        """Train and measure an epoch, counted from 0; write its metrics and checkpoint."""
         recipe = self.recipe
         for group in self.optimizer.param_groups:
             group["lr"] = recipe.lr_at(epoch)
@@ -209,7 +211,7 @@ class Trainer:
         return line
 
     def train_one_epoch(self, epoch: int) -> dict[str, float]:
-        """Train for one epoch and return the mean of each loss term and the training top-1 and top-5."""
+        """Train for one epoch; return the mean of each loss term, top-1 and top-5."""
         self.network.train()
         evaluator = ClassificationEvaluator(self.accelerator.device)
         log: list[torch.Tensor] = []
@@ -267,7 +269,7 @@ class Trainer:
 
     @torch.no_grad()
     def _evaluate(self, predict: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
-        """Evaluate in float32 whatever the training precision, so that scores belong to the weights alone."""
+        """Evaluate in float32 at any training precision: scores belong to the weights alone."""
         evaluator = ClassificationEvaluator(self.accelerator.device)
         mean, std, batch_size = self.config["mean"], self.config["std"], self.recipe.eval_batch_size
         for images, target in eval_batches(
@@ -290,7 +292,7 @@ class Trainer:
 
 
 def check_finite(recent: torch.Tensor, names: list[str], step: int, epoch: int) -> None:
-    """Stop at the first of the steps up to `step` whose terms `[steps, terms]` are not all finite."""
+    """Stop at the first of the steps up to `step` whose terms are not all finite."""
     bad = (~recent.isfinite().all(dim=1)).nonzero().flatten()
     if len(bad):
         first = int(bad[0])
@@ -310,8 +312,10 @@ def describe(line: dict[str, Any], epochs: int) -> str:
     )
     minutes = line["seconds"] * (epochs - line["epoch"]) / 60
     return (
-        f"epoch {line['epoch']}/{epochs}  test top-1 {line['test_top1']:.2f}  train top-1 {line['train_top1']:.2f}  "
-        f"{terms}  lr {line['lr']:g}  {line['images_per_second']:.0f} images/s  {minutes:.1f} min left"
+        f"epoch {line['epoch']}/{epochs}  test top-1 {line['test_top1']:.2f}  "
+        f"train top-1 {line['train_top1']:.2f}  "
+        f"{terms}  lr {line['lr']:g}  {line['images_per_second']:.0f} images/s  "
+        f"{minutes:.1f} min left"
     )
 
 
@@ -331,7 +335,7 @@ def summarize(history: list[dict[str, Any]], teacher_top1: float | None) -> dict
 
 
 def cli(arguments: list[str] | None = None) -> None:
-    """Run the command line; a mistake in it or in the data ends the program with one line that names it."""
+    """Run the command line; a mistake ends the program with one line that names it."""
     command = parse_command(__doc__.splitlines()[0], arguments)
     try:
         main(command.recipe, command.run, resume=command.resume)

@@ -42,7 +42,7 @@ class Split:
 
 
 class ImageSource:
-    """A dataset that has been found: its splits, columns and class names, with no image decoded yet.
+    """A dataset that has been found: its splits, columns and classes, no image decoded yet.
 
     Args:
         name: Hub id, folder in hub layout or image folder; a relative path is looked up from the
@@ -104,14 +104,14 @@ def _open(name: str) -> dict[str, Dataset]:
             return load_dataset(str(folder))
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise DataError(
-            f"dataset={name!r}: there is no such folder; give a folder that exists or a hub id ORG/NAME"
+            f"dataset={name!r}: there is no such folder; give one that exists or a hub id ORG/NAME"
         )
     try:
         return load_dataset(name)
     except Exception as error:
         raise DataError(
             f"dataset={name!r} is neither a folder nor could it be loaded from the hub "
-            f"({type(error).__name__}: {error}); check the name, the network, or give a local folder"
+            f"({type(error).__name__}: {error}); check the name and the network, or give a folder"
         ) from error
 
 
@@ -146,7 +146,8 @@ def _pick_column(name: str, split: Dataset, wanted: str | None, kind: type, opti
         f"{column} ({type(feature).__name__})" for column, feature in features.items()
     )
     raise DataError(
-        f"{name} has no column of type {kind.__name__}; name one by {option}; its columns are {columns}"
+        f"{name} has no column of type {kind.__name__}; name one by {option}; its columns are "
+        f"{columns}"
     )
 
 
@@ -246,11 +247,13 @@ class TrainBatches:
     ) -> None:
         if batch_size % world_size:
             raise ValueError(
-                f"batch_size={batch_size} cannot be shared equally by {world_size} processes; use a multiple"
+                f"batch_size={batch_size} cannot be shared equally by {world_size} processes; "
+                "use a multiple"
             )
         if len(split.labels) < batch_size:
             raise DataError(
-                f"the training split has {len(split.labels)} images, fewer than batch_size={batch_size}"
+                f"the training split has {len(split.labels)} images, fewer than "
+                f"batch_size={batch_size}"
             )
         self.labels = split.labels
         self.size = split.images.shape[1]
@@ -310,7 +313,7 @@ def eval_batches(
 
 
 class Normalize:
-    """Map pixels uint8 `[B, S, S, 3]` to normalised float32 `[B, 3, S, S]`, channels last in memory."""
+    """Map uint8 `[B, S, S, 3]` to normalised float32 `[B, 3, S, S]`, channels last in memory."""
 
     def __init__(
         self, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device

@@ -34,8 +34,8 @@ def create_teacher(name: str, num_classes: int, device: torch.device) -> nn.Modu
     teacher = _create("teacher", name, device, pretrained=True)
     if teacher.num_classes != num_classes:
         raise ModelError(
-            f"teacher {name!r} has {teacher.num_classes} classes and the dataset {num_classes}; use a teacher "
-            "trained on this dataset (train one with teacher: null and name it by local-dir:RUN/last)"
+            f"teacher {name!r} has {teacher.num_classes} classes and the dataset {num_classes}; "
+            "use one trained on this dataset (teacher: null trains one, local-dir:RUN/last is it)"
         )
     return teacher.eval().requires_grad_(False)
 
@@ -49,7 +49,7 @@ def _create(role: str, name: str, device: torch.device, **kwargs: Any) -> nn.Mod
 
 
 def resolve_data_config(student: nn.Module, image_size: int | None) -> dict[str, Any]:
-    """Return how the student's images are prepared: square, whole, with the mean and std of its cfg."""
+    """Return how the student's images are prepared: square, whole, its cfg's mean and std."""
     config = resolve_model_data_config(student)
     size = image_size or config["input_size"][-1]
     config.update(
@@ -59,7 +59,7 @@ def resolve_data_config(student: nn.Module, image_size: int | None) -> dict[str,
 
 
 class Teacher(nn.Module):
-    """A frozen teacher that takes the student's images and returns global and local logits `[B, 1+L, K]`.
+    """A frozen teacher: the student's images to global and local logits `[B, 1+L, K]`.
 
     The images are renormalised from the student's mean and std to the teacher's own.
 
@@ -76,13 +76,13 @@ class Teacher(nn.Module):
         self.logits = GlobalLocal(model, grid)
         config = resolve_model_data_config(model)
         device = next(model.parameters()).device
-        own_mean, own_std, mean, std = (
-            torch.tensor(values, device=device)[:, None, None]
-            for values in (config["mean"], config["std"], mean, std)
-        )
-        self.same = bool(torch.equal(own_mean, mean) and torch.equal(own_std, std))
-        self.register_buffer("scale", std / own_std, persistent=False)
-        self.register_buffer("shift", (mean - own_mean) / own_std, persistent=False)
+        statistics = (config["mean"], config["std"], mean, std)
+        own_mean, own_std, their_mean, their_std = torch.tensor(statistics, device=device)[
+            ..., None, None
+        ]
+        self.same = torch.equal(own_mean, their_mean) and torch.equal(own_std, their_std)
+        self.scale = nn.Buffer(their_std / own_std, persistent=False)
+        self.shift = nn.Buffer((their_mean - own_mean) / own_std, persistent=False)
 
     def train(self, mode: bool = True) -> Teacher:
         """Stay in eval mode."""

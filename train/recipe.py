@@ -1,4 +1,4 @@
-"""The options of a training run: declared once, read from a YAML file and the command line, written back."""
+"""The options of a run: declared once, read from YAML and the command line, written back."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Recipe:
     )
     teacher: str | None = option(
         None,
-        "model to distil from: a timm name, hf-hub:ORG/NAME or local-dir:PATH; null trains on labels alone",
+        "model to distil from: timm name, hf-hub:ORG/NAME or local-dir:PATH; null for labels alone",
     )
 
     dataset: str = option("uoft-cs/cifar100", "hub id, folder in hub layout, or image folder")
@@ -134,18 +134,14 @@ def add_recipe_options(parser: ArgumentParser) -> None:
     """Give a parser one option a field of `Recipe`."""
     hints = get_type_hints(Recipe)
     for field in dataclasses.fields(Recipe):
-        required = (
-            field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        )
-        default = {}
-        if not required:
-            default["default"] = (
-                field.default_factory() if field.default is dataclasses.MISSING else field.default
-            )
-        text = field.metadata["help"]
-        parser.add_argument(
-            f"--{field.name}", type=hints[field.name], required=required, help=text, **default
-        )
+        options: dict[str, Any] = dict(type=hints[field.name], help=field.metadata["help"])
+        if field.default is not dataclasses.MISSING:
+            options["default"] = field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            options["default"] = field.default_factory()
+        else:
+            options["required"] = True
+        parser.add_argument(f"--{field.name}", **options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +154,7 @@ class Command:
 
 
 def parse_command(description: str, argv: list[str] | None = None) -> Command:
-    """Read `--config FILE`, then `--field value` over it; an unknown or ill-typed option ends the program."""
+    """Read `--config FILE`, then `--field value` over it; a mistake ends the program."""
     parser = ArgumentParser(description=description)
     parser.add_argument(
         "--config", action="config", help="YAML file of options; the command line goes before it"

@@ -1,4 +1,4 @@
-"""Put a finished run's student into the package: weights, stored logits, log, and its entry in results.json.
+"""Put a finished run's student into the package: weights, logits, log, entry in results.json.
 
     python train/release.py runs/X --name gld_wrn16_1.wrn16_2_cifar100 --setup b --role gld
 
@@ -87,8 +87,8 @@ def release(run: Path, name: str, setup: str, role: str, recipe_name: str) -> di
 
 
 @torch.no_grad()
-def stored_logits(model: torch.nn.Module) -> dict[str, Any]:
-    """Return two bundled test images as uint8 `[2, H, W, 3]` and the logits `[2, K]` the weights give them."""
+def stored_logits(model: Any) -> dict[str, Any]:
+    """Return two bundled images uint8 `[2, H, W, 3]` and the logits `[2, K]` they must give."""
     _, test = ImageSource(str(PACKAGE / "data" / "cifar100_mini")).decode(
         model.pretrained_cfg["input_size"][-1]
     )

@@ -1,4 +1,4 @@
-"""What a training run leaves behind, beside its checkpoints: recipe, environment, metrics, curves, summary."""
+"""What a run leaves behind beside checkpoints: recipe, environment, metrics, curves, summary."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from recipe import Recipe
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  the backend comes first
+from matplotlib import pyplot as plt
 
 
 class RunError(RuntimeError):
@@ -67,7 +67,8 @@ class RunFolder:
         differences = self.recipe.differences(Recipe.load(saved))
         if differences:
             raise RunError(
-                f"{self.path} holds a run of another recipe ({'; '.join(differences)}); name another by --run"
+                f"{self.path} holds a run of another recipe ({'; '.join(differences)}); "
+                "name another by --run"
             )
 
     @property
@@ -76,7 +77,7 @@ class RunFolder:
         return (self.path / "summary.json").is_file()
 
     def start(self, accelerator: Accelerator) -> None:
-        """Make the folder and write `recipe.yaml` and `env.json`, once every process has opened it."""
+        """Write `recipe.yaml` and `env.json`, once every process has opened the folder."""
         accelerator.wait_for_everyone()
         if not accelerator.is_main_process:
             return
@@ -106,7 +107,7 @@ class RunFolder:
 
 
 def describe_environment(accelerator: Accelerator) -> dict[str, Any]:
-    """Return what a reader needs to judge and repeat a run: versions, hardware, precision, command, commit."""
+    """Return what a reader needs to judge and repeat a run."""
     names = ("gld-zoo", "torch", "torchvision", "timm", "accelerate", "datasets")
     versions = {}
     for name in names:
@@ -121,7 +122,7 @@ def describe_environment(accelerator: Accelerator) -> dict[str, Any]:
         python=platform.python_version(),
         versions=versions,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        processor=f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        processor=f"{platform.machine()}, {os.cpu_count()} cores",
         processes=accelerator.num_processes,
         mixed_precision=accelerator.mixed_precision,
     )
