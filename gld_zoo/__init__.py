@@ -5,7 +5,8 @@ Importing this package registers the `gld_*` models with timm and does nothing e
 
 from gld_zoo import cifar_resnet, cifar_wrn, gld_resnet
 from gld_zoo.heads import GlobalLocal, global_local_logits
-from gld_zoo.losses import GLDLoss, logit_kl, relation
+from gld_zoo.losses import GLDLoss, logit_kl
+from gld_zoo.relations import relation
 from gld_zoo.version import __version__
 
 __all__ = [

@@ -73,11 +73,9 @@ def global_local_logits(model: nn.Module, images: torch.Tensor, grid: int = 2) -
     if not torch.compiler.is_compiling():
         _check_map(model, features, images, grid)
         _check_head(model, features)
-    device_type = features.device.type
-    if torch.is_autocast_enabled(device_type):
-        with torch.autocast(device_type, enabled=False):
-            return _head_rows(model, features.to(next(model.parameters()).dtype), grid)
-    return _head_rows(model, features, grid)
+    with torch.autocast(features.device.type, enabled=False):
+        # what autocast left in bfloat16 goes back to the parameters' own type
+        return _head_rows(model, features.to(next(model.parameters()).dtype), grid)
 
 
 def _head_rows(model: Any, features: torch.Tensor, grid: int) -> torch.Tensor:

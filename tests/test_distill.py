@@ -118,6 +118,7 @@ def test_two_processes_share_the_run_of_one(student_run, tmp_path):
     assert json.loads((tmp_path / "two" / "env.json").read_text())["processes"] == 2
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 def test_compiled_run_trains(tiny_dataset, tmp_path, distill):
     distill(*SMALL_RUN, "--dataset", tiny_dataset, "--run", tmp_path / "run", "--compile", "true")
     tensors = load_file(tmp_path / "run" / "last" / "model.safetensors")

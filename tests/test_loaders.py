@@ -157,6 +157,12 @@ def test_validation_stands_in_for_a_missing_test_split(tmp_path, rows):
         ImageSource(str(folder), test_split="test")
 
 
+def test_a_folder_without_images_is_refused(tmp_path):
+    (tmp_path / "notes.md").write_text("nothing here")
+    with pytest.raises(DataError, match="neither in hub layout nor an image folder"):
+        ImageSource(str(tmp_path))
+
+
 def test_too_large_for_memory_is_refused_before_decoding():
     with pytest.raises(DataError, match="use a smaller image_size"):
         ImageSource(str(BUNDLED)).decode(4000)

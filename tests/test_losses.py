@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gld_zoo import GLDLoss, logit_kl, losses, relation
+from gld_zoo import GLDLoss, logit_kl, relation, relations
 
 FORMS = pytest.mark.parametrize("linear", [True, False], ids=["linear", "plain"])
 
@@ -12,9 +12,9 @@ FORMS = pytest.mark.parametrize("linear", [True, False], ids=["linear", "plain"]
 @pytest.fixture
 def use_form(monkeypatch):
     def choose(linear, block_entries=None):
-        monkeypatch.setattr(losses, "_linear_is_cheaper", lambda rows, classes: linear)
+        monkeypatch.setattr(relations, "_linear_is_cheaper", lambda rows, classes: linear)
         if block_entries:
-            monkeypatch.setattr(losses, "_BLOCK_ENTRIES", block_entries)
+            monkeypatch.setattr(relations, "_BLOCK_ENTRIES", block_entries)
 
     return choose
 
@@ -156,7 +156,7 @@ def test_identical_rows_count_one_a_row_and_pass_no_gradient(use_form, linear):
 
 
 def test_both_forms_agree_where_the_choice_changes():
-    rows = next(n for n in range(2, 10_000) if losses._linear_is_cheaper(n, 10))
+    rows = next(n for n in range(2, 10_000) if relations._linear_is_cheaper(n, 10))
     student, teacher = torch.randn(2, rows, 10, dtype=torch.float64)
     torch.testing.assert_close(
         relation(student, teacher), reference_relation(student, teacher), rtol=1e-10, atol=0

@@ -1,10 +1,9 @@
 """Distil a student from a teacher; without one, train on labels alone (a teacher, a baseline).
 
-    accelerate launch train/distill.py --config train/recipes/quickstart.yaml accelerate launch
-    --mixed_precision bf16 train/distill.py --config train/recipes/X.yaml --seed 1 accelerate launch
-    --num_processes 4 train/distill.py --config train/recipes/X.yaml --resume torchrun
-    --nproc_per_node 2 -- train/distill.py --config train/recipes/X.yaml --run DIR  # two CPU
-    processes
+    accelerate launch train/distill.py --config train/recipes/quickstart.yaml
+    accelerate launch --mixed_precision bf16 train/distill.py --config FILE --seed 1
+    accelerate launch --num_processes 4 train/distill.py --config FILE --resume
+    torchrun --nproc_per_node 2 -- train/distill.py --config FILE --run DIR  # two CPU processes
 
 Precision, devices and process count are Accelerate's. Options: `--help`.
 """
@@ -17,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -34,7 +34,14 @@ from checkpoints import (
 from gld_zoo import GLDLoss, GlobalLocal
 from gld_zoo.hub import save_pretrained
 from loaders import DataError, ImageSource, TrainBatches, derive_seed, eval_batches
-from models import ModelError, Teacher, create_student, create_teacher, resolve_data_config
+from models import (
+    GlobalOnly,
+    ModelError,
+    Teacher,
+    create_student,
+    create_teacher,
+    resolve_data_config,
+)
 from recipe import Recipe, parse_command
 from run_folder import RunError, RunFolder
 
@@ -49,6 +56,8 @@ def main(recipe: Recipe, folder: Path, *, resume: bool = False) -> None:
     """Run a recipe in a folder and tell what came of it."""
     accelerator = Accelerator()
     say = accelerator.print
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()  # nobody watches
     run = RunFolder(folder, recipe, resume=resume)
     if run.finished:
         say(f"{folder} holds a finished run; nothing to resume")
@@ -135,7 +144,9 @@ class Trainer:
 
     def _prepare(self) -> None:
         recipe = self.recipe
-        self.network = GlobalLocal(self.student, recipe.grid) if self.teacher else self.student
+        self.network = (
+            GlobalLocal(self.student, recipe.grid) if self.teacher else GlobalOnly(self.student)
+        )
         self.criterion = GLDLoss(
             recipe.alpha, recipe.beta, local_weight=recipe.local_weight, global_batch=True
         )
@@ -167,17 +178,25 @@ class Trainer:
 
     def restore(self) -> int:
         """Load the newest undamaged checkpoint and return the epochs it has seen."""
+        damaged: list[Path] = []
         for path in reversed(list_checkpoints(self.run.checkpoints)):
             try:
                 tensors, state = load_checkpoint(path)
             except CheckpointError as error:
                 self.accelerator.print(f"{error}; trying the one before")
+                damaged.append(path)
                 continue
             self.student.load_state_dict(tensors["model"])
             load_optimizer_tensors(self.optimizer, tensors["optimizer"])
             self.run.rewind(state["epoch"])
+            self.run.discard(damaged, self.accelerator)
             return state["epoch"]
-        self.accelerator.print(f"{self.run.path} holds no usable checkpoint; starting anew")
+        if damaged:
+            raise RunError(
+                f"no checkpoint in {self.run.checkpoints} is usable; put one back from a copy, or "
+                "delete the run folder to start anew"
+            )
+        self.accelerator.print(f"{self.run.path} holds no checkpoint yet; starting anew")
         return 0
 
     def run_epoch(self, epoch: int) -> dict[str, Any]:
@@ -261,6 +280,11 @@ class Trainer:
 
     def measure_student(self) -> dict[str, float]:
         """Return the student's loss, top-1 and top-5 on the test split."""
+        if (
+            self.accelerator.num_processes > 1
+        ):  # batch norm's statistics: those of the saved weights
+            for buffer in self.student.buffers():
+                torch.distributed.broadcast(buffer, src=0)
         return self._evaluate(self.student.eval())
 
     def measure_teacher(self) -> float | None:

@@ -99,19 +99,23 @@ class ImageSource:
 
 
 def _open(name: str) -> dict[str, Dataset]:
-    for folder in (Path(name).expanduser(), CHECKOUT / name):
-        if folder.is_dir():
-            return load_dataset(str(folder))
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+    folders = [path for path in (Path(name).expanduser(), CHECKOUT / name) if path.is_dir()]
+    if not folders and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
         raise DataError(
             f"dataset={name!r}: there is no such folder; give one that exists or a hub id ORG/NAME"
         )
     try:
-        return load_dataset(name)
+        return load_dataset(str(folders[0]) if folders else name)
     except Exception as error:
+        reason = f"({type(error).__name__}: {error})"
+        if folders:
+            raise DataError(
+                f"dataset={name!r} is neither in hub layout nor an image folder {reason}; it needs "
+                "data/train-*.parquet or train/CLASS/IMAGE"
+            ) from error
         raise DataError(
-            f"dataset={name!r} is neither a folder nor could it be loaded from the hub "
-            f"({type(error).__name__}: {error}); check the name and the network, or give a folder"
+            f"dataset={name!r} is neither a folder nor could it be loaded from the hub {reason}; "
+            "check the name and the network, or give a folder"
         ) from error
 
 

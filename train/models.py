@@ -7,6 +7,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn as nn
+from huggingface_hub.errors import HfHubHTTPError
 from timm.data import resolve_model_data_config
 
 from gld_zoo import GlobalLocal
@@ -43,7 +44,7 @@ def create_teacher(name: str, num_classes: int, device: torch.device) -> nn.Modu
 def _create(role: str, name: str, device: torch.device, **kwargs: Any) -> nn.Module:
     try:
         model = timm.create_model(name, **kwargs)
-    except (RuntimeError, ValueError, OSError) as error:
+    except (RuntimeError, ValueError, OSError, HfHubHTTPError) as error:
         raise ModelError(f"{role}={name!r} cannot be created: {error}") from error
     return model.to(device, memory_format=torch.channels_last)
 
@@ -51,11 +52,38 @@ def _create(role: str, name: str, device: torch.device, **kwargs: Any) -> nn.Mod
 def resolve_data_config(student: nn.Module, image_size: int | None) -> dict[str, Any]:
     """Return how the student's images are prepared: square, whole, its cfg's mean and std."""
     config = resolve_model_data_config(student)
+    if config["input_size"][0] != 3:
+        raise ModelError(
+            f"the student takes images of {config['input_size'][0]} channels; the trainer gives RGB"
+        )
     size = image_size or config["input_size"][-1]
     config.update(
         input_size=(config["input_size"][0], size, size), crop_pct=1.0, crop_mode="center"
     )
     return config
+
+
+class GlobalOnly(nn.Module):
+    """Wrap a model trained on labels alone: `[B, K]`, its head in float32 under autocast.
+
+    The counterpart of `GlobalLocal`, with the same precision, so that a baseline and a student are
+    trained alike. The trainer wraps either, never the model itself: Accelerate patches what it is
+    given, and the model must stay what evaluation and export see.
+
+    Args:
+        model: Any timm model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Map images `[B, 3, H, W]` to logits `[B, K]`."""
+        model: Any = self.model
+        features = model.forward_features(images)
+        with torch.autocast(features.device.type, enabled=False):
+            return model.forward_head(features.to(next(model.parameters()).dtype))
 
 
 class Teacher(nn.Module):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -89,6 +90,13 @@ class RunFolder:
         """Read the history of the first `epochs` epochs back, forgetting later lines."""
         lines = (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         self.history = [json.loads(line) for line in lines[:epochs]]
+
+    def discard(self, checkpoints: list[Path], accelerator: Accelerator) -> None:
+        """Remove damaged checkpoints, which would count among those to keep."""
+        accelerator.wait_for_everyone()  # every process has read past them
+        if accelerator.is_main_process:
+            for path in checkpoints:
+                shutil.rmtree(path)
 
     def log(self, line: dict[str, Any]) -> None:
         """Add an epoch's metrics and redraw the curves."""
