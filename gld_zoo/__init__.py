@@ -3,7 +3,7 @@
 Importing this package registers the `gld_*` models with timm and does nothing else.
 """
 
-from gld_zoo import cifar_resnet, cifar_wrn, gld_resnet
+from gld_zoo import cifar_resnet, cifar_wrn, gld_resnet  # noqa: F401  registers the models
 from gld_zoo.heads import GlobalLocal, global_local_logits
 from gld_zoo.losses import GLDLoss, logit_kl
 from gld_zoo.relations import relation
@@ -13,9 +13,6 @@ __all__ = [
     "GLDLoss",
     "GlobalLocal",
     "__version__",
-    "cifar_resnet",
-    "cifar_wrn",
-    "gld_resnet",
     "global_local_logits",
     "logit_kl",
     "relation",

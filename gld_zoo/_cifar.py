@@ -23,9 +23,9 @@ CIFAR100_STD = (0.2673, 0.2564, 0.2762)
 WEIGHTS = Path(__file__).parent / "weights"
 
 
-def cifar_cfg(name: str = "", **kwargs: Any) -> dict[str, Any]:
-    """Return a timm pretrained cfg for CIFAR-100; `name` is that of the weights, if any."""
-    weights = dict(file=str(WEIGHTS / f"{name}.safetensors")) if name else {}
+def cifar_cfg(weights: str = "", **kwargs: Any) -> dict[str, Any]:
+    """Return a timm pretrained cfg for CIFAR-100, with the file of `weights` (arch.tag) if any."""
+    file = dict(file=str(WEIGHTS / f"{weights}.safetensors")) if weights else {}
     return dict(
         num_classes=100,
         input_size=(3, 32, 32),
@@ -37,12 +37,12 @@ def cifar_cfg(name: str = "", **kwargs: Any) -> dict[str, Any]:
         first_conv="stem.conv",
         classifier="fc",
         license="apache-2.0",
-        **weights,
+        **file,
         **kwargs,
     )
 
 
-class Stage(NamedTuple):
+class StagePlan(NamedTuple):
     """Geometry of a stage: its first block strides and has a dilation of its own."""
 
     stride: int
@@ -51,7 +51,7 @@ class Stage(NamedTuple):
     reduction: int
 
 
-def plan_stages(output_stride: int) -> list[Stage]:
+def plan_stages(output_stride: int) -> list[StagePlan]:
     """Return the three stages' geometry; strides beyond `output_stride` become dilation."""
     if output_stride not in (1, 2, 4):
         raise ValueError(
@@ -64,7 +64,7 @@ def plan_stages(output_stride: int) -> list[Stage]:
             dilation *= stride
             stride = 1
         reduction *= stride
-        stages.append(Stage(stride, first_dilation, dilation, reduction))
+        stages.append(StagePlan(stride, first_dilation, dilation, reduction))
     return stages
 
 

@@ -15,12 +15,12 @@ import torch.nn as nn
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, downsample_conv
 
-from gld_zoo._cifar import CifarNet, Stage, cifar_cfg, plan_stages
+from gld_zoo._cifar import CifarNet, StagePlan, cifar_cfg, plan_stages
 
 __all__ = ["CifarResNet"]
 
 
-def _stage(in_chs: int, out_chs: int, blocks: int, plan: Stage, **dd: Any) -> nn.Sequential:
+def _stage(in_chs: int, out_chs: int, blocks: int, plan: StagePlan, **dd: Any) -> nn.Sequential:
     downsample = None
     if plan.stride != 1 or in_chs != out_chs:
         downsample = downsample_conv(in_chs, out_chs, kernel_size=1, stride=plan.stride, **dd)
@@ -99,8 +99,8 @@ def _create_cifar_resnet(variant: str, pretrained: bool = False, **kwargs: Any) 
     )
 
 
-def _cfg(name: str = "", **kwargs: Any) -> dict[str, Any]:
-    return cifar_cfg(name, paper_ids="arXiv:1512.03385", **kwargs)
+def _cfg(weights: str = "", **kwargs: Any) -> dict[str, Any]:
+    return cifar_cfg(weights, paper_ids="arXiv:1512.03385", **kwargs)
 
 
 default_cfgs = generate_default_cfgs(

@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
-from gld_zoo._cifar import CifarNet, Stage, cifar_cfg, plan_stages
+from gld_zoo._cifar import CifarNet, StagePlan, cifar_cfg, plan_stages
 
 __all__ = ["CifarWideResNet"]
 
@@ -64,7 +64,7 @@ class PreActBlock(nn.Module):
         return x + shortcut
 
 
-def _stage(in_chs: int, out_chs: int, blocks: int, plan: Stage, **dd: Any) -> nn.Sequential:
+def _stage(in_chs: int, out_chs: int, blocks: int, plan: StagePlan, **dd: Any) -> nn.Sequential:
     first = PreActBlock(in_chs, out_chs, plan.stride, plan.dilation, plan.first_dilation, **dd)
     rest = (
         PreActBlock(out_chs, out_chs, 1, plan.dilation, plan.dilation, **dd)
@@ -132,8 +132,8 @@ def _create_cifar_wrn(variant: str, pretrained: bool = False, **kwargs: Any) -> 
     )
 
 
-def _cfg(name: str = "", **kwargs: Any) -> dict[str, Any]:
-    return cifar_cfg(name, paper_ids="arXiv:1605.07146", **kwargs)
+def _cfg(weights: str = "", **kwargs: Any) -> dict[str, Any]:
+    return cifar_cfg(weights, paper_ids="arXiv:1605.07146", **kwargs)
 
 
 default_cfgs = generate_default_cfgs(

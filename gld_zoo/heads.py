@@ -11,7 +11,8 @@ import torch.nn.functional as F
 
 # model -> the classifier its head was checked with; reset_classifier makes a new one, so it is
 # checked again
-_checked_heads: weakref.WeakKeyDictionary[nn.Module, weakref.ref] = weakref.WeakKeyDictionary()
+_checked_heads: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref, ...]]
+_checked_heads = weakref.WeakKeyDictionary()
 
 
 class LocalLogits:
@@ -65,13 +66,14 @@ def global_local_logits(model: nn.Module, images: torch.Tensor, grid: int = 2) -
         ValueError: If the model has no such map, no such head or no classifier, or `grid` is finer
             than the map.
 
-    Source: equation of the local logits, GLD (ICCV 2021), section 3.
+    Batch norm in a head, where a model has it, sees B(1+L) rows in training instead of B.
+
+    Source: GLD (ICCV 2021), section 3, local logits.
     """
-    if not torch.compiler.is_compiling():
-        _check_model(model)
+    _check_model(model)
     features = cast(Any, model).forward_features(images)
+    _check_map(model, features, images, grid)
     if not torch.compiler.is_compiling():
-        _check_map(model, features, images, grid)
         _check_head(model, features)
     with torch.autocast(features.device.type, enabled=False):
         # what autocast left in bfloat16 goes back to the parameters' own type
@@ -121,26 +123,39 @@ def _check_map(model: Any, features: torch.Tensor, images: torch.Tensor, grid: i
 def _check_head(model: Any, features: torch.Tensor) -> None:
     """Refuse, once a classifier, a head that does not begin with average pooling."""
     classifier = model.get_classifier()
-    checked = _checked_heads.get(model)
-    if checked is not None and checked() is classifier:
+    parts = classifier if isinstance(classifier, tuple) else (classifier,)
+    checked = _checked_heads.get(model, ())
+    if len(checked) == len(parts) and all(
+        ref() is part for ref, part in zip(checked, parts, strict=True)
+    ):
         return
-    dtype = next(model.parameters()).dtype
-    noise = torch.rand((1, *features.shape[1:]), generator=torch.Generator().manual_seed(0))
-    noise = noise.to(features.device, dtype)
+    noise = _noise_like(features, next(model.parameters()).dtype)
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         with torch.autocast(features.device.type, enabled=False):
             whole = model.forward_head(noise).float()
             pooled = model.forward_head(noise.mean((2, 3), keepdim=True)).float()
+            other = model.forward_head(noise.flip(1)).float()
     finally:
         for module in training:
             module.training = True
-    # rounding, 8 bits in bfloat16, stays far below 5%; another pooling is off by the logits' size
-    if whole.shape != pooled.shape or (whole - pooled).abs().max() > 0.05 * whole.abs().max():
+    response = (other - whole).abs().max()  # what the channels decide, without the bias
+    # rounding, 8 bits in bfloat16, stays far below 10%; another pooling is off by the response
+    if whole.shape != pooled.shape or (whole - pooled).abs().max() > 0.1 * response:
         raise ValueError(
             f"the head of {type(model).__name__} does not begin with average pooling: it gives "
             "other logits for a feature map than for the map's mean, so local logits are "
             "undefined; use a model with global_pool='avg' and no spatial layer in its head"
         )
-    _checked_heads[model] = weakref.ref(classifier)
+    if response > 0:  # a head of zeros shows nothing yet
+        _checked_heads[model] = tuple(weakref.ref(part) for part in parts)
+
+
+def _noise_like(features: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return a positive random map of at least 2 x 2, where poolings and channels differ."""
+    height, width = (max(2, side) for side in features.shape[2:])
+    generator = torch.Generator().manual_seed(0)  # leaves the global random state alone
+    noise = torch.rand((1, features.shape[1], height, width), generator=generator)
+    noise *= torch.rand((1, features.shape[1], 1, 1), generator=generator)
+    return noise.to(features.device, dtype)

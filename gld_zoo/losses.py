@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from gld_zoo.relations import relation
+from gld_zoo.relations import relation, working_dtype
 
 
 def logit_kl(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
@@ -28,9 +28,11 @@ def logit_kl(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     Returns:
         One divergence a row `[...]`, in nats.
     """
-    log_p = F.log_softmax(_divide_by_std(teacher.detach()), dim=-1)
-    log_q = F.log_softmax(_divide_by_std(student), dim=-1)
-    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+    dtype = working_dtype(student)
+    with torch.autocast(student.device.type, enabled=False):
+        log_p = F.log_softmax(_divide_by_std(teacher.detach().to(dtype)), dim=-1)
+        log_q = F.log_softmax(_divide_by_std(student.to(dtype)), dim=-1)
+        return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
 
 
 def _divide_by_std(logits: torch.Tensor) -> torch.Tensor:
@@ -64,7 +66,7 @@ class GLDLoss(nn.Module):
     Raises:
         ValueError: If a weight is out of its range.
 
-    Source: equations of section 3, GLD (ICCV 2021).
+    Source: GLD (ICCV 2021), section 3, the total loss.
     """
 
     def __init__(
@@ -103,7 +105,7 @@ class GLDLoss(nn.Module):
             ValueError: If the shapes do not fit each other.
         """
         _check_shapes(student, teacher, target)
-        dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+        dtype = working_dtype(student)
         student, teacher = student.to(dtype), teacher.detach().to(dtype)
         zero = student.new_zeros(())
         with torch.autocast(student.device.type, enabled=False):

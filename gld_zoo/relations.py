@@ -6,7 +6,8 @@ linear form is ours: the inner products of distance rows are polynomials in mome
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ def relation(
     if world_size > 1:
         _check_equal_rows(student)
     rows = student.shape[0] * world_size
-    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    dtype = working_dtype(student)
     with torch.autocast(student.device.type, enabled=False):
         student_rows, student_flat = _centre(student, rows, dtype, reduce)
         teacher_rows, teacher_flat = _centre(teacher.detach(), rows, dtype, reduce)
@@ -65,6 +66,11 @@ def relation(
         if world_size > 1:
             student_rows, teacher_rows = _gather_rows(student_rows), _gather_rows(teacher_rows)
         return _RelationBlocks.apply(student_rows, teacher_rows)
+
+
+def working_dtype(logits: torch.Tensor) -> torch.dtype:
+    """Return float64 for float64 logits, float32 for all others."""
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 def _linear_is_cheaper(rows: int, classes: int) -> bool:
@@ -156,9 +162,7 @@ class _RelationBlocks(torch.autograd.Function):
         student_sq, teacher_sq = student.square().sum(1), teacher.square().sum(1)
         total = student.new_zeros(())
         gradient = torch.zeros_like(student) if ctx.needs_input_grad[0] else None
-        precision = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")  # autocast off does not turn TF32 off
-        try:
+        with _ieee_matmul():
             for block in torch.arange(rows).split(max(1, _BLOCK_ENTRIES // rows)):
                 part = slice(int(block[0]), int(block[-1]) + 1)
                 unit, norm = _unit_distances(student, student_sq, part)
@@ -170,8 +174,6 @@ class _RelationBlocks(torch.autograd.Function):
                 weight = (difference - unit * (difference * unit).sum(1, keepdim=True)).div_(norm)
                 gradient += student * weight.sum(0)[:, None] - weight.T @ student[part]
                 gradient[part] += student[part] * weight.sum(1)[:, None] - weight @ student
-        finally:
-            torch.set_float32_matmul_precision(precision)
         if gradient is not None:
             ctx.save_for_backward(gradient * (4 / rows**2))
         return total / rows**2
@@ -181,6 +183,28 @@ class _RelationBlocks(torch.autograd.Function):
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * grad_output, None
+
+
+@contextlib.contextmanager
+def _ieee_matmul() -> Iterator[None]:
+    """Multiply float32 matrices in float32: autocast off turns neither TF32 nor bfloat16 off."""
+    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch >= 2.9
+        backends = [getattr(torch.backends, name).matmul for name in ("cuda", "mkldnn")]
+        before = [backend.fp32_precision for backend in backends]
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            for backend, precision in zip(backends, before, strict=True):
+                backend.fp32_precision = precision
+    else:
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(precision)
 
 
 def _unit_distances(

@@ -66,9 +66,10 @@ def tiny_dataset(tmp_path_factory, rows):
     )
 
 
-def launch(*options, processes=1):
+def launch(*options, processes=1, precision="no"):
     """Run `train/distill.py` as a user does, in processes of its own; return what it printed."""
     command = ["accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    command += ["--mixed_precision", precision]
     if processes > 1:  # accelerate starts one process on a CPU whatever it is told
         command = ["torch.distributed.run", "--nproc_per_node", str(processes), "--"]
     result = subprocess.run(

@@ -45,32 +45,34 @@ def test_links_lead_somewhere():
 
 
 def test_every_weight_has_an_entry_a_file_of_that_hash_and_a_log_that_ends_there():
-    tags = {
-        name
-        for name in timm.list_models("gld_*", include_tags=True)
-        if get_pretrained_cfg(name).has_weights
-    }
-    assert set(RESULTS["weights"]) == tags
+    tags = timm.list_models("gld_*", include_tags=True)
+    assert set(RESULTS["weights"]) == {tag for tag in tags if get_pretrained_cfg(tag).has_weights}
     for name, entry in RESULTS["weights"].items():
         file = PACKAGE / "weights" / entry["file"]
         assert hashlib.sha256(file.read_bytes()).hexdigest() == entry["sha256"]
         assert file.stat().st_size < 25_000_000
-        log = [
-            json.loads(line)
-            for line in (PACKAGE / "weights" / f"{name}.metrics.jsonl").read_text().splitlines()
-        ]
+        lines = (PACKAGE / "weights" / f"{name}.metrics.jsonl").read_text().splitlines()
+        log = [json.loads(line) for line in lines]
         assert len(log) == entry["epochs"]
-        assert log[-1]["test_top1"] == entry["runs"][0]["top1"]
-        recipe = CHECKOUT / "train" / "recipes" / f"{entry['recipe']}.yaml"
-        assert recipe.is_file()
+        assert log[-1]["test_top1"] == pytest.approx(entry["runs"][0]["top1"])
+        assert entry["test_images"] == 10_000
+        assert (CHECKOUT / "train" / "recipes" / f"{entry['recipe']}.yaml").is_file()
+        assert entry["runs"][0]["commit"]
 
 
 def test_distilled_beats_alone_in_every_setup():
-    for setup in RESULTS["paper"]:
-        top1 = {
-            entry["role"]: entry["runs"][0]["top1"]
-            for entry in RESULTS["weights"].values()
-            if entry["setup"] == setup
-        }
-        if {"alone", "gld"} <= top1.keys():
-            assert top1["gld"] > top1["alone"]
+    compared = 0
+    for row in RESULTS["setups"].values():
+        entries = [RESULTS["weights"].get(row[role]["weights"]) for role in ("alone", "gld")]
+        if all(entries):
+            alone, distilled = (entry["runs"][0]["top1"] for entry in entries)
+            assert distilled > alone
+            compared += 1
+    assert compared
+
+
+def test_setups_name_weights_of_their_models():
+    for row in RESULTS["setups"].values():
+        for role in ("teacher", "alone", "gld"):
+            name = row[role]["weights"]
+            assert name is None or name.split(".")[0] == row[role]["model"]

@@ -67,11 +67,15 @@ def results(request):
     ]
     for process in processes:
         process.start()
-    collected = sorted((queue.get(timeout=120) for _ in processes), key=lambda result: result[0])
-    for process in processes:
-        process.join(60)
-        assert process.exitcode == 0
-    return collected
+    try:
+        collected = [queue.get(timeout=120) for _ in processes]
+        for process in processes:
+            process.join(60)
+            assert process.exitcode == 0
+    finally:
+        for process in processes:
+            process.kill()
+    return sorted(collected, key=lambda result: result[0])
 
 
 def test_relation_and_its_gradient_are_those_of_one_process(results):

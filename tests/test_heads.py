@@ -119,6 +119,44 @@ def test_models_without_local_logits_are_refused_with_the_reason(name, options, 
         global_local_logits(model, torch.randn(2, 3, size, size))
 
 
+def test_a_head_seen_on_a_1x1_map_is_still_checked():
+    model = timm.create_model("resnet18", global_pool="max", num_classes=5)
+    with pytest.raises(ValueError, match="average pooling"):
+        global_local_logits(model, torch.randn(2, 3, 32, 32), grid=1)
+
+
+def test_a_head_of_zeros_is_checked_again_when_it_has_learnt():
+    model = timm.create_model("resnet18", global_pool="max", num_classes=5)
+    torch.nn.init.zeros_(model.fc.weight)
+    images = torch.randn(2, 3, 64, 64)
+    global_local_logits(model, images)
+    torch.nn.init.normal_(model.fc.weight)
+    with pytest.raises(ValueError, match="average pooling"):
+        global_local_logits(model, images)
+
+
+def test_models_with_two_classifiers_are_taken():
+    model = timm.create_model("efficientformerv2_s0", num_classes=5).eval()
+    images = torch.randn(1, 3, 224, 224)
+    for _ in range(2):
+        torch.testing.assert_close(global_local_logits(model, images)[:, 0], model(images))
+
+
+def test_compiled_wrapper_refuses_a_grid_finer_than_the_map():
+    compiled = torch.compile(
+        GlobalLocal(timm.create_model("gld_resnet20"), grid=9), backend="eager"
+    )
+    with pytest.raises(Exception, match="grid=9 needs a feature map"):
+        compiled(torch.randn(2, 3, 32, 32))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_models_of_other_dtypes_keep_theirs(dtype):
+    model = timm.create_model("gld_resnet20", dtype=dtype).eval()
+    logits = model.forward_logits(torch.randn(2, 3, 32, 32, dtype=dtype))
+    assert logits.dtype == dtype
+
+
 @pytest.mark.parametrize("grid", [0, -1, 9])
 def test_grid_out_of_range_is_named(grid):
     model = timm.create_model("gld_resnet20")

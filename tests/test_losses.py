@@ -1,5 +1,8 @@
 """The loss against the paper's equations in float64, and its promises at the edges."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -85,8 +88,8 @@ def test_float32_keeps_its_precision_close_to_the_teacher(use_form, linear, dist
     expected = reference_relation(exact, teacher.double())
     (expected_gradient,) = torch.autograd.grad(expected, exact)
     assert value.dtype == torch.float32
-    # the distances' own rounding, 1e-7, over the relative difference of the two sides
-    tolerance = 1e-6 / distance
+    # the linear form runs in float64; the plain one rounds distances, 1e-7, over their difference
+    tolerance = 1e-6 if linear else 1e-6 / distance
     torch.testing.assert_close(value.double(), expected, rtol=tolerance, atol=0)
     assert (gradient - expected_gradient).abs().max() < tolerance * expected_gradient.abs().max()
 
@@ -191,6 +194,31 @@ def test_autocast_does_not_move_the_loss(use_form, linear):
         assert cast[name].dtype == torch.float32
 
 
+@pytest.mark.parametrize("setting", ["cuda.matmul.fp32_precision", "legacy"])
+def test_plain_form_multiplies_in_float32_whatever_the_user_set(setting):
+    code = (
+        "import torch\n"
+        f"new = {setting!r} != 'legacy'\n"
+        "if new and not hasattr(torch.backends.cuda.matmul, 'fp32_precision'):\n"
+        "    raise SystemExit\n"
+        "student, teacher = torch.randn(2, 64, 100)\n"
+        "from gld_zoo import relation, relations\n"
+        "relations._linear_is_cheaper = lambda rows, classes: False\n"
+        "expected = relation(student, teacher)\n"
+        "if new:\n"
+        "    torch.backends.cuda.matmul.fp32_precision = 'tf32'\n"
+        "    torch.backends.mkldnn.matmul.fp32_precision = 'bf16'\n"
+        "else:\n"
+        "    torch.set_float32_matmul_precision('medium')\n"
+        "assert torch.equal(relation(student, teacher), expected)\n"
+        "if new:\n"
+        "    assert torch.backends.cuda.matmul.fp32_precision == 'tf32'\n"
+        "else:\n"
+        "    assert torch.get_float32_matmul_precision() == 'medium'\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
 def test_half_precision_logits_are_computed_in_float32():
     student, teacher, target = logits(dtype=torch.float32)
     half = [student.bfloat16(), teacher.bfloat16()]
@@ -228,6 +256,14 @@ def test_logit_kl_ignores_the_scale_of_each_row():
     torch.testing.assert_close(logit_kl(scale * student + 2, teacher), logit_kl(student, teacher))
     uniform = logit_kl(torch.full((1, 10), 5.0), torch.randn(1, 10))
     assert uniform > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_logit_kl_computes_half_precision_in_float32(dtype):
+    student, teacher = 300 * torch.randn(2, 4, 10)
+    value = logit_kl(student.to(dtype), teacher.to(dtype))
+    expected = logit_kl(student.to(dtype).float(), teacher.to(dtype).float())
+    assert torch.equal(value, expected)
 
 
 def test_cross_entropy_is_the_global_rows():

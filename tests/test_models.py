@@ -31,11 +31,9 @@ PARAMETERS = dict(
 )
 
 
-def images_for(model, batch=2, size=None):
-    channels, *cfg_size = model.pretrained_cfg["input_size"]
-    return torch.randn(
-        batch, channels, *([size] * 2 if size else [min(96, side) for side in cfg_size])
-    )
+def images_for(model, batch=2):
+    channels, *size = model.pretrained_cfg["input_size"]
+    return torch.randn(batch, channels, *(min(96, side) for side in size))
 
 
 def test_the_eleven_architectures_are_registered():
@@ -207,7 +205,7 @@ def test_impossible_architectures_are_named(name, options):
         timm.create_model(name, **options)
 
 
-@pytest.mark.parametrize("name", ["gld_resnet20", "gld_wrn16_1", "gld_resnet18"])
+@every_model
 @torch.no_grad()
 def test_scripts_compiles_and_exports(name):
     model = timm.create_model(name).eval()
@@ -269,7 +267,18 @@ def test_weights_give_their_stored_logits(name):
     torch.testing.assert_close(model(images), torch.tensor(stored["logits"]), rtol=1e-4, atol=1e-3)
 
 
+def test_weights_ship():
+    assert WEIGHTS
+
+
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_weights_adapt_to_other_classes_and_channels(name):
+    trained = timm.create_model(name, pretrained=True)
     model = timm.create_model(name, pretrained=True, num_classes=10, in_chans=1)
     assert model(torch.randn(2, 1, 32, 32)).shape == (2, 10)
+    stem = trained.stem.conv.weight.sum(1, keepdim=True)  # timm's way to one channel
+    torch.testing.assert_close(model.stem.conv.weight, stem)
+    for (key, value), other in zip(
+        trained.layer2.state_dict().items(), model.layer2.state_dict().values(), strict=True
+    ):
+        assert torch.equal(value, other), key

@@ -53,7 +53,7 @@ def test_saved_recipe_reads_back_the_same(tmp_path):
         lr_drops=[0.3, 0.6, 0.9],
         teacher="local-dir:runs/x/last",
     )
-    recipe.save(tmp_path / "recipe.yaml")
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
     assert Recipe.load(tmp_path / "recipe.yaml") == recipe
     assert parse_command("", ["--config", str(tmp_path / "recipe.yaml")]).recipe == recipe
 

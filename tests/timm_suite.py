@@ -9,6 +9,7 @@ mirrors the contract offline. With `--sdist FILE` it takes one already downloade
 from __future__ import annotations
 
 import fnmatch
+import os
 import subprocess
 import sys
 import tarfile
@@ -58,7 +59,7 @@ def download(folder: Path) -> Path:
     subprocess.run(
         [*pip, "--no-build-isolation", "-d", str(folder), f"timm=={timm.__version__}"],
         check=True,
-        env={**__import__("os").environ, "PYTHONPATH": str(folder / "build")},
+        env=dict(os.environ, PYTHONPATH=str(folder / "build")),
     )
     return next(folder.glob("timm-*.tar.gz"))
 

@@ -20,21 +20,23 @@ ROLES = ("teacher", "alone", "gld")
 
 
 def setups_table(results: dict[str, Any]) -> list[str]:
-    """Return one line a setup: ours at the last epoch beside the paper's."""
+    """Return one line a setup: ours at the last epoch, the paper's in brackets."""
     lines = [
         "| setup | teacher → student | epochs (paper) | teacher | student alone | student, GLD |",
         "|---|---|---|---|---|---|",
     ]
-    for setup, paper in results["paper"].items():
-        ours = {
-            entry["role"]: entry for entry in results["weights"].values() if entry["setup"] == setup
-        }
-        if not ours:
+    for setup, row in results["setups"].items():
+        entries = [results["weights"].get(row[role]["weights"]) for role in ROLES]
+        if not any(entries):
             continue
-        cells = [f"{score(ours.get(role))} ({paper[role]['top1']:.2f})" for role in ROLES]
-        epochs = ", ".join(str(ours[role]["epochs"]) if role in ours else "-" for role in ROLES)
-        pair = f"{paper['teacher']['model']} → {paper['gld']['model']}"
-        lines.append(f"| {setup} | {pair} | {epochs} ({paper['epochs']}) | {' | '.join(cells)} |")
+        pair = f"{row['teacher']['model']} → {row['gld']['model']}"
+        epochs = ", ".join(str(entry["epochs"]) if entry else "-" for entry in entries)
+        scores = [
+            f"{score(entry)} ({row[role]['paper_top1']:.2f})"
+            for role, entry in zip(ROLES, entries, strict=True)
+        ]
+        cells = [setup, pair, f"{epochs} ({row['paper_epochs']})", *scores]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 

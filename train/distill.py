@@ -20,6 +20,7 @@ import datasets
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from timm.task import ClassificationEvaluator
 from tqdm.auto import tqdm
 
@@ -55,6 +56,7 @@ class NonFiniteLossError(RuntimeError):
 def main(recipe: Recipe, folder: Path, *, resume: bool = False) -> None:
     """Run a recipe in a folder and tell what came of it."""
     accelerator = Accelerator()
+    check_accelerator(accelerator)
     say = accelerator.print
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()  # nobody watches
@@ -73,19 +75,39 @@ def main(recipe: Recipe, folder: Path, *, resume: bool = False) -> None:
         say(f"teacher {recipe.teacher}: top-1 {teacher_top1:.2f} %")
     start = trainer.restore() if resume else 0
     before = trainer.measure_student()["top1"]
-    say(f"student {recipe.student}: top-1 {before:.2f} % after {start} epochs")
+    origin = f"after {start} epochs" if start else "random weights"
+    say(f"student {recipe.student}, {origin}: top-1 {before:.2f} %")
     for epoch in range(start, recipe.epochs):
-        line = trainer.run_epoch(epoch)
-        say(describe(line, recipe.epochs))
+        say(describe(trainer.run_epoch(epoch), recipe.epochs))
     trainer.finish(teacher_top1)
     if teacher_top1 is not None:
         say(f"teacher {teacher_top1:.2f} %")
-    if start < recipe.epochs:
-        say(f"student {before:.2f} % before, {line['test_top1']:.2f} % after")
     say(
-        f"run folder {folder}, with curves.png; the student: "
+        f"student {before:.2f} % before ({origin}), {trainer.measure_student()['top1']:.2f} % after"
+    )
+    say(
+        f"run folder {folder}, with curves.png; the student: import timm, gld_zoo; "
         f"timm.create_model('local-dir:{folder}/last', pretrained=True)"
     )
+
+
+def check_accelerator(accelerator: Accelerator) -> None:
+    """Refuse what Accelerate can be configured to and this loop cannot do."""
+    steps = accelerator.gradient_accumulation_steps
+    if steps != 1:
+        raise RunError(
+            f"gradient accumulation over {steps} steps is set, but the relation spans a whole "
+            "batch and does not add up over parts; set it to 1 and choose batch_size instead"
+        )
+    if accelerator.distributed_type not in (
+        DistributedType.NO,
+        DistributedType.MULTI_CPU,
+        DistributedType.MULTI_GPU,
+    ):
+        raise RunError(
+            f"distributed type {accelerator.distributed_type.value} is not supported; use plain "
+            "data parallelism (accelerate config)"
+        )
 
 
 class Trainer:
@@ -173,8 +195,9 @@ class Trainer:
             self.network.eval()(images)
             if self.teacher:
                 self.teacher(images)
-        except ValueError as error:
-            raise ModelError(str(error)) from error
+        except (ValueError, RuntimeError, AssertionError) as error:
+            size = self.config["input_size"][-1]
+            raise ModelError(f"the models cannot take {size}x{size} images: {error}") from error
 
     def restore(self) -> int:
         """Load the newest undamaged checkpoint and return the epochs it has seen."""
@@ -188,7 +211,7 @@ class Trainer:
                 continue
             self.student.load_state_dict(tensors["model"])
             load_optimizer_tensors(self.optimizer, tensors["optimizer"])
-            self.run.rewind(state["epoch"])
+            self.run.rewind(state["history"])
             self.run.discard(damaged, self.accelerator)
             return state["epoch"]
         if damaged:
@@ -224,7 +247,7 @@ class Trainer:
                 self.run.checkpoints,
                 f"epoch-{epoch + 1:05d}",
                 dict(model=self.student.state_dict(), optimizer=optimizer_tensors(self.optimizer)),
-                dict(epoch=epoch + 1),
+                dict(epoch=epoch + 1, history=self.run.history),
                 keep=recipe.keep_checkpoints,
             )
         return line

@@ -15,10 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, Image, Value, load_dataset
 from PIL import Image as PILImage
 from PIL import ImageOps
+from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -84,16 +86,20 @@ class ImageSource:
             interpolation: How, as in a timm cfg.
 
         Raises:
-            DataError: If an image cannot be read, a label is outside the classes or memory would
+            DataError: If an image cannot be read, a label is outside the classes, or memory would
                 not suffice.
         """
-        return (
-            self._decode_split(self.train_split, image_size, interpolation),
-            self._decode_split(self.test_split, image_size, interpolation),
-        )
+        needed = sum(len(rows) for rows in self.splits.values()) * image_size * image_size * 3
+        if needed > MEMORY_LIMIT:
+            raise DataError(
+                f"{self.name} needs {needed / 2**30:.0f} GiB decoded at {image_size}x{image_size}, "
+                f"the limit is {MEMORY_LIMIT / 2**30:.0f} GiB; use a smaller image_size"
+            )
+        train, test = (self._decode_split(name, image_size, interpolation) for name in self.splits)
+        return train, test
 
-    def _decode_split(self, split: str, image_size: int, interpolation: str) -> Split:
-        rows, where = self.splits[split], f"split {split!r} of {self.name}"
+    def _decode_split(self, name: str, image_size: int, interpolation: str) -> Split:
+        rows, where = self.splits[name], f"split {name!r} of {self.name}"
         labels = _labels(rows, self.label_column, len(self.label_names), where)
         return Split(_decode(rows, self.image_column, image_size, interpolation, where), labels)
 
@@ -130,29 +136,22 @@ def _pick_split(name: str, splits: dict[str, Dataset], wanted: list[str]) -> str
 
 def _pick_column(name: str, split: Dataset, wanted: str | None, kind: type, option: str) -> str:
     features = split.features
-    if wanted is not None:
-        accepts_integers = (
-            kind is ClassLabel and wanted in features and _is_integer(features[wanted])
-        )
-        if wanted in features and (isinstance(features[wanted], kind) or accepts_integers):
-            return wanted
-        found = (
-            f"is a column of type {features[wanted]}" if wanted in features else "is not a column"
-        )
-        columns = ", ".join(
-            f"{column} ({type(feature).__name__})" for column, feature in features.items()
-        )
-        raise DataError(f"{option}={wanted!r} {found} of {name}; its columns are {columns}")
-    for column, feature in features.items():
-        if isinstance(feature, kind):
-            return column
     columns = ", ".join(
         f"{column} ({type(feature).__name__})" for column, feature in features.items()
     )
-    raise DataError(
-        f"{name} has no column of type {kind.__name__}; name one by {option}; its columns are "
-        f"{columns}"
-    )
+    if wanted is None:
+        for column, feature in features.items():
+            if isinstance(feature, kind):
+                return column
+        raise DataError(
+            f"{name} has no column of type {kind.__name__}; name one by {option}; its columns are "
+            f"{columns}"
+        )
+    feature = features.get(wanted)
+    if isinstance(feature, kind) or (kind is ClassLabel and _is_integer(feature)):
+        return wanted
+    found = "is not a column" if feature is None else f"is not of type {kind.__name__}"
+    raise DataError(f"{option}={wanted!r} {found} in {name}; its columns are {columns}")
 
 
 def _is_integer(feature: Any) -> bool:
@@ -163,7 +162,8 @@ def _label_names(split: Dataset, column: str) -> list[str]:
     feature = split.features[column]
     if isinstance(feature, ClassLabel):
         return list(feature.names)
-    return [str(i) for i in range(max(split[column]) + 1)]
+    largest = max((label for label in split[column] if label is not None), default=-1)
+    return [str(i) for i in range(largest + 1)]
 
 
 def _labels(split: Dataset, column: str, classes: int, where: str) -> torch.Tensor:
@@ -181,20 +181,13 @@ def _labels(split: Dataset, column: str, classes: int, where: str) -> torch.Tens
 
 
 def _decode(split: Dataset, column: str, size: int, interpolation: str, where: str) -> torch.Tensor:
-    needed = len(split) * size * size * 3
-    if needed > MEMORY_LIMIT:
-        raise DataError(
-            f"{where} needs {needed / 2**30:.0f} GiB decoded at {size}x{size}, the limit is "
-            f"{MEMORY_LIMIT / 2**30:.0f} GiB; use a smaller image_size"
-        )
     images = torch.empty((len(split), size, size, 3), dtype=torch.uint8)
-    mode = tv.InterpolationMode(interpolation)
+    mode = InterpolationMode("bilinear" if interpolation == "random" else interpolation)
 
     def put(numbered: tuple[int, dict[str, Any]]) -> None:
         row, item = numbered
         try:
-            source = io.BytesIO(item["bytes"]) if item["bytes"] is not None else item["path"]
-            image = ImageOps.exif_transpose(PILImage.open(source)).convert("RGB")
+            image = _read(item)
         except Exception as error:
             raise DataError(
                 f"row {row} of {where} is not a readable image ({type(error).__name__}: {error}); "
@@ -204,10 +197,20 @@ def _decode(split: Dataset, column: str, size: int, interpolation: str, where: s
             image = tv.center_crop(tv.resize(image, [size], mode), [size, size])
         images[row] = tv.pil_to_tensor(image).permute(1, 2, 0)
 
+    encoded = split.cast_column(column, Image(decode=False))[column]
     with ThreadPoolExecutor() as pool:
-        for _ in pool.map(put, enumerate(split.cast_column(column, Image(decode=False))[column])):
+        for _ in pool.map(put, enumerate(encoded)):
             pass
     return images
+
+
+def _read(item: dict[str, Any]) -> PILImage.Image:
+    """Decode one image, upright and RGB; 16-bit grey is scaled to 8 bits, alpha is dropped."""
+    source = io.BytesIO(item["bytes"]) if item["bytes"] is not None else item["path"]
+    image = ImageOps.exif_transpose(PILImage.open(source))
+    if image.mode.startswith("I"):  # convert would cut every value above 255 to white
+        image = PILImage.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def derive_seed(*parts: int) -> int:
@@ -232,8 +235,8 @@ class TrainBatches:
         rank, world_size: Of this process.
 
     Raises:
-        DataError: If the split is smaller than a batch.
-        ValueError: If the processes cannot share a batch equally.
+        DataError: If the split is smaller than a batch, or the processes cannot share a batch
+            equally.
     """
 
     def __init__(
@@ -250,7 +253,7 @@ class TrainBatches:
         world_size: int = 1,
     ) -> None:
         if batch_size % world_size:
-            raise ValueError(
+            raise DataError(
                 f"batch_size={batch_size} cannot be shared equally by {world_size} processes; "
                 "use a multiple"
             )

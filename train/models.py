@@ -45,17 +45,16 @@ def _create(role: str, name: str, device: torch.device, **kwargs: Any) -> nn.Mod
     try:
         model = timm.create_model(name, **kwargs)
     except (RuntimeError, ValueError, OSError, HfHubHTTPError) as error:
-        raise ModelError(f"{role}={name!r} cannot be created: {error}") from error
+        reason = str(error) or f"{type(error).__name__}: its file of weights is missing"
+        raise ModelError(f"{role}={name!r} cannot be created: {reason}") from error
+    if model.in_chans != 3:
+        raise ModelError(f"{role}={name!r} takes {model.in_chans} channels; the trainer gives RGB")
     return model.to(device, memory_format=torch.channels_last)
 
 
 def resolve_data_config(student: nn.Module, image_size: int | None) -> dict[str, Any]:
     """Return how the student's images are prepared: square, whole, its cfg's mean and std."""
     config = resolve_model_data_config(student)
-    if config["input_size"][0] != 3:
-        raise ModelError(
-            f"the student takes images of {config['input_size'][0]} channels; the trainer gives RGB"
-        )
     size = image_size or config["input_size"][-1]
     config.update(
         input_size=(config["input_size"][0], size, size), crop_pct=1.0, crop_mode="center"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
+from argparse import ArgumentError
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -26,7 +28,8 @@ class Recipe:
     """Everything that decides a run's result; the defaults are the paper's CIFAR-100 setting."""
 
     student: str = option(
-        dataclasses.MISSING, "model to train: a timm name, trained from random weights"
+        dataclasses.MISSING,
+        "model to train, from random weights: timm name, hf-hub:ORG/NAME or local-dir:PATH",
     )
     teacher: str | None = option(
         None,
@@ -52,7 +55,9 @@ class Recipe:
 
     grid: int = option(2, "cells along each side of the feature map, the paper's d")
     alpha: float = option(0.7, "share of the global distillation against cross-entropy, 0 to 1")
-    beta: float = option(500.0, "weight of the relation at batch 64 and grid 2")
+    beta: float = option(
+        500.0, "weight of the relation, as it is: scale it by batch_size (1 + grid²) / 320"
+    )
     local_weight: float = option(1.0, "weight of the local distillation")
 
     epochs: int = option(200, "passes over the training split")
@@ -118,16 +123,23 @@ class Recipe:
             if mine[name] != theirs[name]
         ]
 
-    def save(self, path: Path) -> None:
-        """Write the recipe as YAML that `--config` takes."""
-        path.write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False), encoding="utf-8")
+    def to_yaml(self) -> str:
+        """Return the recipe as YAML that `--config` takes."""
+        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
 
     @classmethod
     def load(cls, path: Path) -> Recipe:
-        """Read a recipe that `save` wrote or a person did."""
+        """Read a recipe that a run or a person wrote.
+
+        Raises:
+            ValueError: If an option is unknown, missing or of the wrong type.
+        """
         parser = ArgumentParser(exit_on_error=False)
         add_recipe_options(parser)
-        return cls(**parser.parse_path(str(path)).as_dict())
+        try:
+            return cls(**parser.parse_path(str(path)).as_dict())
+        except ArgumentError as error:
+            raise ValueError(f"{path}: {error}") from error
 
 
 def add_recipe_options(parser: ArgumentParser) -> None:
@@ -176,5 +188,13 @@ def parse_command(description: str, argv: list[str] | None = None) -> Command:
         recipe = Recipe(**values)
     except ValueError as error:
         parser.error(str(error))
+    return Command(recipe, Path(run or default_run(recipe, configs)), resume)
+
+
+def default_run(recipe: Recipe, configs: list[Any]) -> str:
+    """Name a run after its recipe's file, that file's folder for a saved recipe, or its student."""
     name = Path(str(configs[-1])).stem if configs else recipe.student
-    return Command(recipe, Path(run or f"runs/{name}-{recipe.seed}"), resume)
+    if configs and name == "recipe":
+        name = Path(str(configs[-1])).resolve().parent.name
+    name = re.sub(r"[^\w.-]+", "-", name).strip("-")
+    return f"runs/{name}-{recipe.seed}"

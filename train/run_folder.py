@@ -50,22 +50,24 @@ class RunFolder:
     def _check(self, resume: bool) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise RunError(f"{self.path} is a file; name another run folder by --run")
-        saved = self.path / "recipe.yaml"
-        if not self.path.is_dir() or not any(self.path.iterdir()):
+        if not self.path.is_dir() or all(
+            path.name.endswith(".partial") for path in self.path.iterdir()
+        ):
             return
+        saved = self.path / "recipe.yaml"
         if not saved.is_file():
-            raise RunError(
-                f"{self.path} is not empty and holds no run; name another run folder by --run"
-            )
+            raise RunError(f"{self.path} is not empty and holds no run; name another by --run")
         if not resume:
             state = "a finished run" if self.finished else "an unfinished run"
-            remedy = (
-                "name another by --run"
-                if self.finished
-                else "go on with --resume or name another by --run"
-            )
+            remedy = "name another by --run"
+            if not self.finished:
+                remedy = f"go on with --resume or {remedy}"
             raise RunError(f"{self.path} holds {state}; {remedy}, or delete the folder")
-        differences = self.recipe.differences(Recipe.load(saved))
+        try:
+            theirs = Recipe.load(saved)
+        except ValueError as error:
+            raise RunError(f"{saved} is not a recipe of this version: {error}") from error
+        differences = self.recipe.differences(theirs)
         if differences:
             raise RunError(
                 f"{self.path} holds a run of another recipe ({'; '.join(differences)}); "
@@ -78,18 +80,31 @@ class RunFolder:
         return (self.path / "summary.json").is_file()
 
     def start(self, accelerator: Accelerator) -> None:
-        """Write `recipe.yaml` and `env.json`, once every process has opened the folder."""
+        """Write `recipe.yaml` and `env.json`, once every process has opened the folder.
+
+        A resumed run keeps its first environment; the later ones are listed below it.
+        """
         accelerator.wait_for_everyone()
         if not accelerator.is_main_process:
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        self.recipe.save(self.path / "recipe.yaml")
-        self.write_json("env.json", describe_environment(accelerator))
+        environment = describe_environment(accelerator)
+        if not (self.path / "recipe.yaml").is_file():
+            self._write("recipe.yaml", self.recipe.to_yaml())
+        if (self.path / "env.json").is_file():
+            first = json.loads((self.path / "env.json").read_text(encoding="utf-8"))
+            for name in ("processes", "mixed_precision"):
+                if environment[name] != first[name]:
+                    accelerator.print(
+                        f"{name} was {first[name]} and is {environment[name]}: the result will "
+                        "differ from that of an unbroken run"
+                    )
+            environment = dict(first, resumed=[*first.get("resumed", []), environment])
+        self.write_json("env.json", environment)
 
-    def rewind(self, epochs: int) -> None:
-        """Read the history of the first `epochs` epochs back, forgetting later lines."""
-        lines = (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        self.history = [json.loads(line) for line in lines[:epochs]]
+    def rewind(self, history: list[dict[str, Any]]) -> None:
+        """Go back to the history that a checkpoint holds."""
+        self.history = list(history)
 
     def discard(self, checkpoints: list[Path], accelerator: Accelerator) -> None:
         """Remove damaged checkpoints, which would count among those to keep."""
