@@ -54,7 +54,7 @@ def test_printed_lines_tell_teacher_before_after_and_where(student_run):
     printed = (student_run / "printed.txt").read_text()
     summary = json.loads((student_run / "summary.json").read_text())
     assert f"teacher {summary['teacher_top1']:.2f} %" in printed
-    assert f"before, {summary['top1']:.2f} % after" in printed
+    assert f"before (random weights), {summary['top1']:.2f} % after" in printed
     assert str(student_run) in printed
 
 

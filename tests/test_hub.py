@@ -32,8 +32,8 @@ def test_config_holds_preprocessing_and_names_and_no_second_num_classes(tmp_path
     assert "num_classes" not in config.get("model_args", {})  # transformers would pass it twice
     loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
     resolved = timm.data.resolve_model_data_config(loaded)
-    assert resolved["input_size"] == (1, 48, 48)
-    assert resolved["mean"] == (0.5,)
+    assert tuple(resolved["input_size"]) == (1, 48, 48)
+    assert tuple(resolved["mean"]) == (0.5,)
     assert resolved["crop_pct"] == 0.9
 
 
