@@ -4,6 +4,7 @@
 """
 
 import copy
+import functools
 import json
 from pathlib import Path
 
@@ -208,17 +209,19 @@ def test_impossible_architectures_are_named(name, options):
 @every_model
 @torch.no_grad()
 def test_scripts_compiles_and_exports(name):
+    torch._dynamo.reset()  # or eleven models of the same code exceed its limit of recompilations
     model = timm.create_model(name).eval()
     images = images_for(model)
     expected = model(images)
-    torch.testing.assert_close(torch.jit.script(model)(images), expected)
-    torch.testing.assert_close(
-        torch.compile(model, fullgraph=True, backend="eager")(images), expected
+    # fused kernels round otherwise, 1e-7 a layer, and random weights blow the logits up
+    close = functools.partial(
+        torch.testing.assert_close, rtol=1e-4, atol=1e-4 * expected.abs().max().item()
     )
+    close(torch.jit.script(model)(images), expected)
+    close(torch.compile(model, fullgraph=True, backend="eager")(images), expected)
     batch = torch.export.Dim("batch")
     exported = torch.export.export(model, (images,), dynamic_shapes=({0: batch},)).module()
-    more = torch.cat([images, images])
-    torch.testing.assert_close(exported(more), torch.cat([expected, expected]))
+    close(exported(torch.cat([images, images])), torch.cat([expected, expected]))
 
 
 @pytest.mark.parametrize("size", [32, 64, 96, 225])
@@ -274,7 +277,7 @@ def test_weights_ship():
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_weights_adapt_to_other_classes_and_channels(name):
     trained = timm.create_model(name, pretrained=True)
-    model = timm.create_model(name, pretrained=True, num_classes=10, in_chans=1)
+    model = timm.create_model(name, pretrained=True, num_classes=10, in_chans=1).eval()
     assert model(torch.randn(2, 1, 32, 32)).shape == (2, 10)
     stem = trained.stem.conv.weight.sum(1, keepdim=True)  # timm's way to one channel
     torch.testing.assert_close(model.stem.conv.weight, stem)
