@@ -74,7 +74,7 @@ def working_dtype(logits: torch.Tensor) -> torch.dtype:
 
 
 def _linear_is_cheaper(rows: int, classes: int) -> bool:
-    return rows > 2 * classes
+    return rows > 8 * classes  # measured on two CPU cores, 100 and 1000 classes
 
 
 def _centre(
