@@ -1,6 +1,6 @@
 """Distil a student from a teacher; without one, train on labels alone (a teacher, a baseline).
 
-    accelerate launch train/distill.py --config train/recipes/quickstart.yaml
+    accelerate launch --cpu train/distill.py --config train/recipes/quickstart.yaml
     accelerate launch --mixed_precision bf16 train/distill.py --config FILE --seed 1
     accelerate launch --num_processes 4 train/distill.py --config FILE --resume
     torchrun --nproc_per_node 2 -- train/distill.py --config FILE --run DIR  # two CPU processes
