@@ -7,17 +7,15 @@ linear form is ours: the inner products of distance rows are polynomials in mome
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-Reduction = Callable[[torch.Tensor], torch.Tensor]  # a sum over processes, or nothing
-
-# The plain form works on this many entries of a distance matrix at a time: 16 MiB of float32 a
-# matrix.
-_BLOCK_ENTRIES = 1 << 22
+# The plain form works on this many entries of a distance matrix at a time: 4 MiB of float32, which
+# stay in a core's cache between the dozen operations on them.
+_BLOCK_ENTRIES = 1 << 20
 
 
 def relation(
@@ -39,7 +37,7 @@ def relation(
             gradient, so that data-parallel averaging gives exactly one process's gradient.
 
     Returns:
-        A scalar in float32, or in float64 for float64 input.
+        A scalar in float32, or in float64 for float64 input. It can be differentiated once.
 
     Raises:
         ValueError: If the shapes differ, or with `global_batch` the processes' row counts do.
@@ -49,23 +47,11 @@ def relation(
             f"relation takes two [N, K] tensors of one shape, got {list(student.shape)} and "
             f"{list(teacher.shape)}"
         )
-    reduce = _all_reduce if global_batch and _is_distributed() else _identity
-    world_size = dist.get_world_size() if reduce is _all_reduce else 1
+    world_size = dist.get_world_size() if global_batch and _is_distributed() else 1
     if world_size > 1:
         _check_equal_rows(student)
-    rows = student.shape[0] * world_size
-    dtype = working_dtype(student)
     with torch.autocast(student.device.type, enabled=False):
-        student_rows, student_flat = _centre(student, rows, dtype, reduce)
-        teacher_rows, teacher_flat = _centre(teacher.detach(), rows, dtype, reduce)
-        if student_rows.dtype == torch.float64 and _linear_is_cheaper(rows, student.shape[1]):
-            return _relation_linear(
-                student_rows, teacher_rows, student_flat, teacher_flat, rows, reduce
-            ).to(dtype)
-        student_rows, teacher_rows = student_rows.to(dtype), teacher_rows.to(dtype)
-        if world_size > 1:
-            student_rows, teacher_rows = _gather_rows(student_rows), _gather_rows(teacher_rows)
-        return _RelationBlocks.apply(student_rows, teacher_rows)
+        return _Relation.apply(student, teacher.detach(), world_size)
 
 
 def working_dtype(logits: torch.Tensor) -> torch.dtype:
@@ -73,116 +59,183 @@ def working_dtype(logits: torch.Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
+class _Relation(torch.autograd.Function):
+    """Value and gradient are worked out together: no graph and nothing N x N is kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, student: torch.Tensor, teacher: torch.Tensor, world_size: int
+    ) -> torch.Tensor:
+        dtype, rows = working_dtype(student), len(student) * world_size
+        linear = student.device.type != "mps" and _linear_is_cheaper(rows, student.shape[1])
+        wide = torch.float64 if linear else dtype  # MPS has no float64
+        (s, scale, s_flat), (t, _, t_flat) = (
+            _centre(logits, dtype, wide, world_size) for logits in (student, teacher)
+        )
+        with_gradient = ctx.needs_input_grad[0]
+        if linear:
+            value, gradient = _linear(s, t, s_flat, t_flat, world_size, with_gradient)
+        else:
+            with _ieee_matmul():
+                value, gradient = _plain(s, t, world_size, with_gradient)
+        if gradient is not None:
+            ctx.save_for_backward((gradient * (world_size / scale)).to(student.dtype))
+        return value.to(dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad_output, None, None
+
+
 def _linear_is_cheaper(rows: int, classes: int) -> bool:
-    return rows > 8 * classes  # measured on two CPU cores, 100 and 1000 classes
+    return rows > 4 * classes  # measured on two CPU cores: benchmarks/relation.py
 
 
 def _centre(
-    logits: torch.Tensor, rows: int, dtype: torch.dtype, reduce: Reduction
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return centred rows scaled to a largest entry of 1, and whether all were identical.
+    logits: torch.Tensor, dtype: torch.dtype, wide: torch.dtype, world_size: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return centred rows in `wide` with a largest entry of 1, their scale, and if all were equal.
 
-    Distances do not change under a shift, and the relation not under a scale, so the scale needs no
-    gradient; both keep the arithmetic that follows far from cancellation, overflow and underflow.
+    Distances do not change under a shift, and the relation not under a scale, so neither needs a
+    gradient of its own; both keep the arithmetic that follows far from cancellation, overflow and
+    underflow.
     """
-    wide = dtype if logits.device.type == "mps" else torch.float64  # MPS has no float64
     info = torch.finfo(dtype)
     logits = logits.to(wide)
-    centred = logits - reduce(logits.sum(0)) / rows
-    spread, size = centred.detach().abs().amax(), logits.detach().abs().amax()
-    if reduce is _all_reduce:
-        extremes = torch.stack([spread, size])
+    centred = logits - _sum(logits.sum(0), world_size) / (len(logits) * world_size)
+    extremes = torch.stack([centred.abs().amax(), logits.abs().amax()])
+    if world_size > 1:
         dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
-        spread, size = extremes.unbind()
+    spread, size = extremes.unbind()
     flat = spread <= 16 * info.eps * size + info.tiny**0.5
-    return torch.where(flat, 0.0, centred / torch.where(flat, 1.0, spread)), flat
+    scale = torch.where(flat, 1.0, spread)
+    return torch.where(flat, 0.0, centred / scale), scale, flat
 
 
-def _relation_linear(
+def _linear(
     student: torch.Tensor,
     teacher: torch.Tensor,
     student_flat: torch.Tensor,
     teacher_flat: torch.Tensor,
-    rows: int,
-    reduce: Reduction,
-) -> torch.Tensor:
+    world_size: int,
+    with_gradient: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Evaluate `2/N² sum_r (1 - cos_r)`, cos_r between distance rows, from moments of rows.
 
     In float64 throughout: 1 - cos cancels.
     """
-    student_sq, teacher_sq = student.square().sum(1), teacher.square().sum(1)
-    pairs = (
-        (student, student_sq, student, student_sq),
-        (teacher, teacher_sq, teacher, teacher_sq),
-        (teacher, teacher_sq, student, student_sq),
-    )
-    moments = reduce(torch.stack([_moments(*pair) for pair in pairs]))
     ss, tt, ts = (
-        _row_products(*pair, moment, rows) for pair, moment in zip(pairs, moments, strict=True)
+        _Pair(x, y, world_size)
+        for x, y in ((student, student), (teacher, teacher), (teacher, student))
     )
     either = student_flat | teacher_flat
-    cosine = ts / torch.where(either, 1.0, ss * tt).sqrt()
-    cosine = torch.where(either, torch.where(student_flat & teacher_flat, 1.0, 0.5), cosine)
-    return reduce((1 - cosine.clamp(max=1)).sum()) * (2 / rows**2)
+    student_sq, teacher_sq, mixed = (pair.row_products() for pair in (ss, tt, ts))
+    norms = torch.where(either, 1.0, student_sq * teacher_sq).sqrt()
+    cosine = torch.where(either, torch.where(student_flat & teacher_flat, 1.0, 0.5), mixed / norms)
+    rows = len(student) * world_size
+    value = _sum((1 - cosine.clamp(max=1)).sum(), world_size) * (2 / rows**2)
+    if not with_gradient:
+        return value, None
+    # of -2/N² sum_r cos_r, through <D(t)_r, D(s)_r> and through |D(s)_r|², which holds s twice
+    by_mixed = torch.where(either, 0.0, -2 / rows**2 / norms)
+    by_student = torch.where(either, 0.0, 2 / rows**2 * cosine / student_sq)
+    return value, ts.gradient(by_mixed) + ss.gradient(by_student)
 
 
-def _moments(x: torch.Tensor, a: torch.Tensor, y: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Pack the sums over rows that `_row_products` needs: sum a, sum b, sum ab, xᵀb, yᵀa, xᵀy."""
-    scalars = torch.stack([a.sum(), b.sum(), a @ b])
-    return torch.cat([scalars, b @ x, a @ y, (x.T @ y).flatten()])
+class _Pair:
+    """The sums `p_r = sum_c |x_r - x_c|² |y_r - y_c|²` of centred rows x and y, in linear time.
 
-
-def _row_products(
-    x: torch.Tensor,
-    a: torch.Tensor,
-    y: torch.Tensor,
-    b: torch.Tensor,
-    moments: torch.Tensor,
-    rows: int,
-) -> torch.Tensor:
-    """Return, for each row r, the sum over c of |x_r - x_c|² |y_r - y_c|² (a = |x|², b = |y|²).
-
-    The rows are centred, so the terms with sums of x or y vanish, and their gradient with them.
+    With a = |x|², b = |y|² they are `N a b + a sum(b) + b sum(a) + sum(ab) - 2 x xᵀb - 2 y yᵀa +
+    4 x (xᵀy) y`; the rows are centred, so the terms with sums of x or y vanish.
     """
-    k = x.shape[1]
-    scalars, xb, ya, xy = moments.split([3, k, k, k * k])
-    sum_a, sum_b, sum_ab = scalars.unbind()
-    quadratic = ((x @ xy.view(k, k)) * y).sum(1)
-    return (
-        rows * a * b + a * sum_b + b * sum_a + sum_ab - 2 * (x @ xb) - 2 * (y @ ya) + 4 * quadratic
-    )
+
+    def __init__(self, x: torch.Tensor, y: torch.Tensor, world_size: int) -> None:
+        self.x, self.y = x, y
+        self.a, self.b = x.square().sum(1), y.square().sum(1)
+        self.world_size = world_size
+        scalars = torch.stack([self.a.sum(), self.b.sum(), self.a @ self.b])
+        self.scalars, self.xb, self.ya, moment = self._reduce(
+            scalars, self.b @ x, self.a @ y, x.T @ y
+        )
+        self.x_moment = x @ moment
+
+    def row_products(self) -> torch.Tensor:
+        """Return p `[n]` of this process's rows."""
+        sum_a, sum_b, sum_ab = self.scalars.unbind()
+        rows = len(self.x) * self.world_size
+        return (
+            rows * self.a * self.b
+            + self.a * sum_b
+            + self.b * sum_a
+            + sum_ab
+            - 2 * (self.x @ self.xb)
+            - 2 * (self.y @ self.ya)
+            + 4 * (self.x_moment * self.y).sum(1)
+        )
+
+    def gradient(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return the gradient `[n, K]` of `sum_r weight_r p_r` with respect to y alone."""
+        x, y, a = self.x, self.y, self.a
+        weighted = weight[:, None] * y
+        scalars = torch.stack([weight.sum(), weight @ a])
+        (total, total_a), wx, wy, way, moment = self._reduce(
+            scalars, weight @ x, weight @ y, (weight * a) @ y, x.T @ weighted
+        )
+        rows = len(x) * self.world_size
+        by_b = weight * (rows * a + self.scalars[0]) + total_a + total * a - 2 * (x @ wx)
+        gradient = torch.addmm(self.x_moment * weight[:, None], x, moment).mul_(4)
+        gradient.addcmul_(by_b[:, None], y, value=2)
+        gradient.addr_(weight, self.ya, alpha=-2).addr_(a, wy, alpha=-2)
+        return gradient.sub_(way, alpha=2)  # through the sum of y, which is 0 and moves with it
+
+    def _reduce(self, *sums: torch.Tensor) -> list[torch.Tensor]:
+        """Add up what each process holds, in one message."""
+        if self.world_size == 1:
+            return list(sums)
+        message = torch.cat([part.flatten() for part in sums])
+        parts = _sum(message, self.world_size).split([part.numel() for part in sums])
+        return [part.view_as(own) for part, own in zip(parts, sums, strict=True)]
 
 
-class _RelationBlocks(torch.autograd.Function):
-    """The plain form; value and gradient are worked out together, so nothing N x N is kept."""
+def _plain(
+    student: torch.Tensor, teacher: torch.Tensor, world_size: int, with_gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Evaluate the definition for this process's rows against all, a block of rows at a time."""
+    own, rank = len(student), dist.get_rank() if world_size > 1 else 0
+    student, teacher = _gather(student, world_size), _gather(teacher, world_size)
+    student_sq, teacher_sq = student.square().sum(1), teacher.square().sum(1)
+    rows = len(student)
+    total = student.new_zeros(())
+    gradient = torch.zeros_like(student) if with_gradient else None
+    for start in range(rank * own, (rank + 1) * own, step := max(1, _BLOCK_ENTRIES // rows)):
+        part = slice(start, min(start + step, (rank + 1) * own))
+        unit, norm = _unit_distances(student, student_sq, part)
+        difference = unit - _unit_distances(teacher, teacher_sq, part)[0]
+        total += difference.square().sum()
+        if gradient is None:
+            continue
+        # through the division by the row norm, then through |x_r - x_c|², rows and columns
+        inner = torch.linalg.vecdot(difference, unit)
+        weight = difference.addcmul_(unit, inner[:, None], value=-1).div_(norm)
+        gradient.addcmul_(student, weight.sum(0)[:, None]).addmm_(weight.T, student[part], alpha=-1)
+        gradient[part] += student[part] * weight.sum(1)[:, None] - weight @ student
+    value = _sum(total, world_size) / rows**2
+    if gradient is None:
+        return value, None
+    return value, _sum(gradient, world_size)[rank * own : (rank + 1) * own] * (4 / rows**2)
 
-    @staticmethod
-    def forward(ctx: Any, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-        rows = student.shape[0]
-        student_sq, teacher_sq = student.square().sum(1), teacher.square().sum(1)
-        total = student.new_zeros(())
-        gradient = torch.zeros_like(student) if ctx.needs_input_grad[0] else None
-        with _ieee_matmul():
-            for block in torch.arange(rows).split(max(1, _BLOCK_ENTRIES // rows)):
-                part = slice(int(block[0]), int(block[-1]) + 1)
-                unit, norm = _unit_distances(student, student_sq, part)
-                difference = unit - _unit_distances(teacher, teacher_sq, part)[0]
-                total += difference.square().sum()
-                if gradient is None:
-                    continue
-                # through the division by the row norm, then through |x_r - x_c|², rows and columns
-                weight = (difference - unit * (difference * unit).sum(1, keepdim=True)).div_(norm)
-                gradient += student * weight.sum(0)[:, None] - weight.T @ student[part]
-                gradient[part] += student[part] * weight.sum(1)[:, None] - weight @ student
-        if gradient is not None:
-            ctx.save_for_backward(gradient * (4 / rows**2))
-        return total / rows**2
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * grad_output, None
+def _unit_distances(
+    x: torch.Tensor, squares: torch.Tensor, part: slice
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return rows `part` of the squared distances over their norms, and the norms (1 for 0)."""
+    distances = torch.addmm(squares, x[part], x.T, alpha=-2).add_(squares[part, None]).clamp_(min=0)
+    distances.diagonal(part.start).zero_()
+    norm = distances.norm(dim=1, keepdim=True)
+    norm = torch.where(norm > 0, norm, 1.0)
+    return distances.div_(norm), norm
 
 
 @contextlib.contextmanager
@@ -207,52 +260,25 @@ def _ieee_matmul() -> Iterator[None]:
             torch.set_float32_matmul_precision(precision)
 
 
-def _unit_distances(
-    x: torch.Tensor, squares: torch.Tensor, part: slice
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return rows `part` of the squared distances over their norms, and the norms (1 for 0)."""
-    distances = torch.addmm(squares, x[part], x.T, alpha=-2).add_(squares[part, None]).clamp_(min=0)
-    distances.diagonal(part.start).zero_()
-    norm = distances.norm(dim=1, keepdim=True)
-    norm = torch.where(norm > 0, norm, 1.0)
-    return distances.div_(norm), norm
-
-
 def _is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def _identity(tensor: torch.Tensor) -> torch.Tensor:
+def _sum(tensor: torch.Tensor, world_size: int) -> torch.Tensor:
+    """Add up a tensor over processes."""
+    if world_size > 1:
+        tensor = tensor.contiguous()
+        dist.all_reduce(tensor)
     return tensor
 
 
-class _AllReduce(torch.autograd.Function):
-    """Sum over processes, forward and backward."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
-        tensor = tensor.clone()
-        dist.all_reduce(tensor)
-        return tensor
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: torch.Tensor) -> torch.Tensor:
-        grad_output = grad_output.contiguous().clone()
-        dist.all_reduce(grad_output)
-        return grad_output
-
-
-def _all_reduce(tensor: torch.Tensor) -> torch.Tensor:
-    return _AllReduce.apply(tensor)
-
-
-def _gather_rows(rows: torch.Tensor) -> torch.Tensor:
-    """Concatenate the rows `[N, K]` of all processes in rank order, with gradient."""
-    count = rows.shape[0]
-    padded = rows.new_zeros((count * dist.get_world_size(), rows.shape[1]))
-    start = count * dist.get_rank()
-    padded = torch.cat([padded[:start], rows, padded[start + count :]])
-    return _all_reduce(padded)
+def _gather(rows: torch.Tensor, world_size: int) -> torch.Tensor:
+    """Concatenate the rows `[n, K]` of all processes in rank order."""
+    if world_size == 1:
+        return rows
+    gathered = [torch.empty_like(rows) for _ in range(world_size)]
+    dist.all_gather(gathered, rows.contiguous())
+    return torch.cat(gathered)
 
 
 def _check_equal_rows(student: torch.Tensor) -> None:

@@ -111,6 +111,7 @@ def distill(capsys):
 
 
 SMALL_RUN = ["--student", "gld_wrn16_1", "--epochs", 2, "--batch_size", 16, "--lr", 0.05]
+SMALL_RUN += ["--threads", 1]  # the same bits in every process
 
 
 @pytest.fixture(scope="session")

@@ -1,15 +1,20 @@
 """From a dataset's name to batches: real files, errors by row, a seed that decides all."""
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from conftest import BUNDLED, FEATURES, write_dataset
-from datasets import Features, Image, Value
+from datasets import Features, Image, Value, load_dataset
 from PIL import Image as PILImage
 
-from loaders import DataError, ImageSource, Split, TrainBatches, derive_seed, eval_batches
+from batches import Normalize, Share, Transforms, derive_seed
+from loaders import fits_in_memory
+from recipe import Recipe
+from sources import DataError, ImageSource
+from tensor_path import Split, TensorBatches, TensorEval, decode
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 
@@ -20,9 +25,17 @@ def encode(image, format="PNG"):
     return {"bytes": buffer.getvalue(), "path": None}
 
 
+NORMALIZE = Normalize(MEAN, STD, torch.device("cpu"))
+
+
 def batches_of(split, **options):
-    defaults = dict(batch_size=8, crop_padding=4, flip=True, seed=3)
-    return TrainBatches(split, MEAN, STD, **{**defaults, **options})
+    defaults = dict(batch_size=8, crop_padding=4, flip=True, seed=3, share=Share())
+    return TensorBatches(split, NORMALIZE, **{**defaults, **options})
+
+
+def decoded(source, size):
+    transform = Transforms(size).fit()
+    return decode(source.train, transform, size), decode(source.test, transform, size)
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +49,9 @@ def split():
 
 def test_bundled_images_are_real_balanced_and_small():
     source = ImageSource(str(BUNDLED))
-    assert (source.image_column, source.label_column, len(source.label_names)) == (
-        "img",
-        "fine_label",
-        100,
-    )
-    train, test = source.decode(32)
+    assert (source.train.image_column, source.train.label_column) == ("img", "fine_label")
+    assert len(source.label_names) == 100
+    train, test = decoded(source, 32)
     assert train.images.shape == (2000, 32, 32, 3)
     assert (train.labels.bincount() == 20).all()
     assert (test.labels.bincount() == 10).all()
@@ -53,12 +63,10 @@ def test_bundled_images_are_real_balanced_and_small():
 
 
 def test_pixels_are_those_of_the_files(tiny_dataset):
-    source = ImageSource(str(tiny_dataset))
-    train, _ = source.decode(32)
+    train, _ = decoded(ImageSource(str(tiny_dataset)), 32)
+    rows = load_dataset(str(tiny_dataset))["train"]
     for row in (0, 63):
-        assert np.array_equal(
-            train.images[row].numpy(), np.array(source.splits["train"][row]["img"].convert("RGB"))
-        )
+        assert np.array_equal(train.images[row].numpy(), np.array(rows[row]["img"].convert("RGB")))
 
 
 def test_every_colour_mode_becomes_rgb(tmp_path, rows):
@@ -79,7 +87,7 @@ def test_every_colour_mode_becomes_rgb(tmp_path, rows):
     )
     cmyk = dict(img=[encode(colour.convert("CMYK"), "JPEG")], fine_label=[0])
     folder = write_dataset(tmp_path, dict(train=columns, test=cmyk))
-    train, test = ImageSource(str(folder)).decode(32)
+    train, test = decoded(ImageSource(str(folder)), 32)
     for row, (_, _, expected) in enumerate(cases):
         assert np.array_equal(train.images[row].numpy(), np.array(expected.convert("RGB"))), row
     difference = test.images[0].float() - torch.from_numpy(np.array(colour)).float()
@@ -94,7 +102,7 @@ def test_unreadable_image_is_named_by_row(tmp_path, rows):
     )
     folder = write_dataset(tmp_path, dict(train=broken, test=columns))
     with pytest.raises(DataError, match=r"row 13 of split 'train'.*not a readable image"):
-        ImageSource(str(folder)).decode(32)
+        decoded(ImageSource(str(folder)), 32)
 
 
 def test_truncated_image_is_named_by_row(tmp_path, rows):
@@ -110,7 +118,7 @@ def test_truncated_image_is_named_by_row(tmp_path, rows):
     )
     folder = write_dataset(tmp_path, dict(train=columns, test=broken))
     with pytest.raises(DataError, match="row 2 of split 'test'"):
-        ImageSource(str(folder)).decode(32)
+        decoded(ImageSource(str(folder)), 32)
 
 
 def test_missing_label_is_named_by_row(tmp_path, rows):
@@ -120,7 +128,7 @@ def test_missing_label_is_named_by_row(tmp_path, rows):
     with pytest.raises(
         DataError, match=r"row 2 of split 'train'.*label None, outside 0 to 3 \(2 such rows\)"
     ):
-        ImageSource(str(folder)).decode(32)
+        decoded(ImageSource(str(folder)), 32)
 
 
 def test_integer_labels_are_taken_by_name(tmp_path, rows):
@@ -145,7 +153,7 @@ def test_image_folder_of_mixed_sizes_is_resized(tmp_path, rows):
                 image = PILImage.open(io.BytesIO(rows[split]["img"][i]["bytes"])).convert("RGB")
                 image.resize(size).save(tmp_path / split / name / f"{i}.png")
     source = ImageSource(str(tmp_path))
-    train, test = source.decode(24)
+    train, test = decoded(source, 24)
     assert source.label_names == ["cat", "dog"]
     assert train.images.shape == test.images.shape == (6, 24, 24, 3)
     assert sorted(train.labels.tolist()) == [0, 0, 0, 1, 1, 1]
@@ -154,7 +162,7 @@ def test_image_folder_of_mixed_sizes_is_resized(tmp_path, rows):
 def test_validation_stands_in_for_a_missing_test_split(tmp_path, rows):
     columns = {key: column[:4] for key, column in rows["train"].items()}
     folder = write_dataset(tmp_path, dict(train=columns, validation=columns))
-    assert ImageSource(str(folder)).test_split == "validation"
+    assert "'validation'" in ImageSource(str(folder)).test.where
     with pytest.raises(DataError, match="no split 'test'; it has train, validation"):
         ImageSource(str(folder), test_split="test")
 
@@ -165,9 +173,16 @@ def test_a_folder_without_images_is_refused(tmp_path):
         ImageSource(str(tmp_path))
 
 
-def test_too_large_for_memory_is_refused_before_decoding():
-    with pytest.raises(DataError, match="use a smaller image_size"):
-        ImageSource(str(BUNDLED)).decode(4000)
+def test_what_does_not_fit_in_memory_is_read_when_needed():
+    source, recipe = ImageSource(str(BUNDLED)), Recipe(student="gld_resnet20")
+    assert fits_in_memory(source, recipe, 32)
+    assert not fits_in_memory(source, recipe, 4000)
+    assert not fits_in_memory(source, replace(recipe, crop="resized"), 32)
+    assert not fits_in_memory(source, replace(recipe, in_memory=False), 32)
+    with pytest.raises(DataError, match="134 GiB decoded at 4000x4000"):
+        fits_in_memory(source, replace(recipe, in_memory=True), 4000)
+    with pytest.raises(DataError, match="takes parts of the original images"):
+        fits_in_memory(source, replace(recipe, in_memory=True, crop="resized"), 32)
 
 
 def crop(split, index, top, left, flip):
@@ -224,21 +239,20 @@ def test_augmentation_belongs_to_the_image_not_to_its_place_in_the_batch(split):
 
 def test_processes_share_each_global_batch(split):
     whole = list(batches_of(split).epoch(1))
-    parts = [list(batches_of(split, rank=rank, world_size=2).epoch(1)) for rank in range(2)]
+    parts = [list(batches_of(split, share=Share(rank, 2)).epoch(1)) for rank in range(2)]
     for (images, labels), first, second in zip(whole, *parts, strict=True):
         assert torch.equal(images[0::2], first[0])
         assert torch.equal(labels[1::2], second[1])
     with pytest.raises(DataError, match="batch_size=8 cannot be shared equally by 3"):
-        batches_of(split, world_size=3)
+        Share(0, 3).batch_size(8)
 
 
 def test_evaluation_neither_drops_nor_pads(split):
     for world_size in (1, 2, 3):
         seen = []
         for rank in range(world_size):
-            for images, labels in eval_batches(
-                split, MEAN, STD, batch_size=8, rank=rank, world_size=world_size
-            ):
+            share = Share(rank, world_size)
+            for images, labels in TensorEval(split, NORMALIZE, batch_size=8, share=share):
                 torch.testing.assert_close(images[0], crop(split, int(labels[0]), 4, 4, False))
                 seen += labels.tolist()
         assert sorted(seen) == list(range(26))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+
+from disk import flush, sha256, writing
 
 
 class CheckpointError(ValueError):
@@ -37,25 +37,37 @@ def save_checkpoint(
         tensors: File stem to tensors by name.
         state: What else to keep, as JSON.
         keep: Checkpoints to leave in the folder.
+
+    Raises:
+        DiskError: If the disk refuses; the earlier checkpoints are untouched.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{name}.partial"
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    for stem, group in tensors.items():
-        group = {key: tensor.detach().contiguous() for key, tensor in group.items()}
-        save_file(group, temporary / f"{stem}.safetensors", metadata={"format": "pt"})
-    hashes = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
-    (temporary / "state.json").write_text(
-        json.dumps(dict(state, sha256=hashes), indent=2), encoding="utf-8"
-    )
-    for path in [*temporary.iterdir(), temporary]:
-        _flush(path)
-    shutil.rmtree(folder / name, ignore_errors=True)
-    temporary.rename(folder / name)
-    _flush(folder)
+    with writing(folder / name):
+        try:
+            _write(temporary, tensors, state)
+            shutil.rmtree(folder / name, ignore_errors=True)
+            temporary.rename(folder / name)
+            flush(folder)
+        except (OSError, SafetensorError):
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
     for old in list_checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
+
+
+def _write(
+    folder: Path, tensors: dict[str, dict[str, torch.Tensor]], state: dict[str, Any]
+) -> None:
+    folder.mkdir(parents=True)
+    for stem, group in tensors.items():
+        group = {key: tensor.detach().contiguous() for key, tensor in group.items()}
+        save_file(group, folder / f"{stem}.safetensors", metadata={"format": "pt"})
+    hashes = {path.name: sha256(path) for path in sorted(folder.iterdir())}
+    text = json.dumps(dict(state, sha256=hashes), indent=2)
+    (folder / "state.json").write_text(text, encoding="utf-8")
+    for path in [*folder.iterdir(), folder]:
+        flush(path)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -79,7 +91,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dic
     try:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         hashes = state.pop("sha256")
-        damaged = [name for name, digest in hashes.items() if _sha256(path / name) != digest]
+        damaged = [name for name, digest in hashes.items() if sha256(path / name) != digest]
         if damaged:
             raise CheckpointError(
                 f"{path} is damaged: {', '.join(damaged)} changed since it was written"
@@ -111,23 +123,14 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
 def load_optimizer_tensors(
     optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]
 ) -> None:
-    """Undo `optimizer_tensors`."""
+    """Undo `optimizer_tensors`; each tensor takes its parameter's layout, as fused steps expect."""
+    groups = optimizer.state_dict()["param_groups"]
+    parameters = [weight for group in optimizer.param_groups for weight in group["params"]]
     state: dict[int, dict[str, torch.Tensor]] = {}
     for key, value in tensors.items():
         index, name = key.split(".", 1)
+        parameter = parameters[int(index)]
+        if value.shape == parameter.shape:
+            value = torch.empty_like(parameter, dtype=value.dtype, device="cpu").copy_(value)
         state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict(
-        dict(state=state, param_groups=optimizer.state_dict()["param_groups"])
-    )
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    optimizer.load_state_dict(dict(state=state, param_groups=groups))

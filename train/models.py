@@ -1,8 +1,8 @@
-"""Students and teachers by name, and what a student's images look like."""
+"""Students and teachers by name, how they are trained, and what a student's images look like."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -11,19 +11,42 @@ from huggingface_hub.errors import HfHubHTTPError
 from timm.data import resolve_model_data_config
 
 from gld_zoo import GlobalLocal
+from gld_zoo.folding import fold_batch_norm
 
 
 class ModelError(ValueError):
     """A model does not fit the recipe; the message names it and the remedy."""
 
 
-def create_student(name: str, num_classes: int, device: torch.device) -> nn.Module:
-    """Build a student with random weights, in channels-last layout.
+def create_student(
+    name: str, num_classes: int, device: torch.device, *, finetune: str | None = None
+) -> nn.Module:
+    """Build a student, in channels-last layout.
+
+    Args:
+        name: timm's.
+        num_classes: The dataset's classes.
+        device: Where it trains.
+        finetune: None draws random weights; 'all' and 'classifier' start from pretrained ones, the
+            latter with all but the classifier frozen.
 
     Raises:
-        ModelError: If timm does not know the name.
+        ModelError: If timm does not know the name, or weights are asked for and there are none.
     """
-    return _create("student", name, device, num_classes=num_classes)
+    pretrained = finetune is not None
+    student = _create("student", name, device, num_classes=num_classes, pretrained=pretrained)
+    if finetune == "classifier":
+        student.requires_grad_(False)
+        cast(Any, student).get_classifier().requires_grad_(True)
+    return student
+
+
+def set_training_mode(student: nn.Module, finetune: str | None) -> None:
+    """Set a student to training; a frozen backbone stays in eval mode, statistics included."""
+    if finetune == "classifier":
+        cast(Any, student.eval()).get_classifier().train()
+    else:
+        student.train()
 
 
 def create_teacher(name: str, num_classes: int, device: torch.device) -> nn.Module:
@@ -52,12 +75,14 @@ def _create(role: str, name: str, device: torch.device, **kwargs: Any) -> nn.Mod
     return model.to(device, memory_format=torch.channels_last)
 
 
-def resolve_data_config(student: nn.Module, image_size: int | None) -> dict[str, Any]:
-    """Return how the student's images are prepared: square, whole, its cfg's mean and std."""
+def resolve_data_config(
+    student: nn.Module, image_size: int | None, crop_pct: float = 1.0
+) -> dict[str, Any]:
+    """Return how the student's images are prepared: square, with its cfg's mean and std."""
     config = resolve_model_data_config(student)
     size = image_size or config["input_size"][-1]
     config.update(
-        input_size=(config["input_size"][0], size, size), crop_pct=1.0, crop_mode="center"
+        input_size=(config["input_size"][0], size, size), crop_pct=crop_pct, crop_mode="center"
     )
     return config
 
@@ -88,7 +113,8 @@ class GlobalOnly(nn.Module):
 class Teacher(nn.Module):
     """A frozen teacher: the student's images to global and local logits `[B, 1+L, K]`.
 
-    The images are renormalised from the student's mean and std to the teacher's own.
+    The images are renormalised from the student's mean and std to the teacher's own. Batch norm is
+    folded into the convolutions before it where the model is one of this package's.
 
     Args:
         model: The teacher, in eval mode.
@@ -100,7 +126,8 @@ class Teacher(nn.Module):
         self, model: nn.Module, grid: int, mean: tuple[float, ...], std: tuple[float, ...]
     ) -> None:
         super().__init__()
-        self.logits = GlobalLocal(model, grid)
+        folded = fold_batch_norm(model).to(memory_format=torch.channels_last)
+        self.logits = GlobalLocal(folded, grid)
         config = resolve_model_data_config(model)
         device = next(model.parameters()).device
         statistics = (config["mean"], config["std"], mean, std)

@@ -7,15 +7,15 @@ import math
 import re
 from argparse import ArgumentError
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser
 
 
-def option(default: Any, text: str) -> Any:
-    """Declare one option: its default and one line of help with its unit."""
-    metadata = {"help": text}
+def option(default: Any, text: str, *, decides: bool = True) -> Any:
+    """Declare one option: its default, one line of help with its unit, if it decides the result."""
+    metadata = {"help": text, "decides": decides}
     if default is dataclasses.MISSING:
         return dataclasses.field(metadata=metadata)
     if isinstance(default, list):
@@ -25,15 +25,20 @@ def option(default: Any, text: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Everything that decides a run's result; the defaults are the paper's CIFAR-100 setting."""
+    """The options of a run; the defaults are the paper's CIFAR-100 setting."""
 
     student: str = option(
         dataclasses.MISSING,
-        "model to train, from random weights: timm name, hf-hub:ORG/NAME or local-dir:PATH",
+        "model to train: timm name, hf-hub:ORG/NAME or local-dir:PATH",
     )
     teacher: str | None = option(
         None,
         "model to distil from: timm name, hf-hub:ORG/NAME or local-dir:PATH; null for labels alone",
+    )
+    finetune: Literal["all", "classifier"] | None = option(
+        None,
+        "start from the student's pretrained weights, with a new classifier if the classes differ, "
+        "and train all of it or the classifier alone; null starts from random weights",
     )
 
     dataset: str = option("uoft-cs/cifar100", "hub id, folder in hub layout, or image folder")
@@ -45,13 +50,41 @@ class Recipe:
     label_column: str | None = option(
         None, "column of class labels; null takes the first of that type"
     )
+    val_fraction: float = option(
+        0.0,
+        "share of the training images held out, class by class; they are measured each epoch and "
+        "select best/, and the test split is measured at the end alone",
+    )
+
     image_size: int | None = option(
-        None, "side of the square training images in pixels; null takes the student's"
+        None, "side of the square images in pixels; null takes the student's"
+    )
+    crop: Literal["padded", "resized"] = option(
+        "padded",
+        "random training crop: of the image with a border, or of a part of it, resized",
     )
     crop_padding: int = option(
         4, "black border in pixels round an image before its random crop; 0 for no crop"
     )
+    crop_scale: list[float] = option(
+        [0.08, 1.0], "smallest and largest part of the area that a resized crop takes, 0 to 1"
+    )
+    crop_pct: float = option(
+        1.0, "share of the resized image's side that the centre crop keeps when measuring, 0 to 1"
+    )
     flip: bool = option(True, "mirror half of the training images")
+
+    in_memory: bool | None = option(
+        None, "decode the images once and keep them on the device; null: if they fit in 8 GiB"
+    )
+    workers: int = option(
+        2, "processes that read images where they are not in memory", decides=False
+    )
+    streaming: bool = option(False, "read the dataset in order from the hub, without a local copy")
+    shuffle_buffer: int = option(10_000, "encoded images that a stream is shuffled over")
+    train_images: int | None = option(
+        None, "images of an epoch of a stream; null takes the number in the dataset's card"
+    )
 
     grid: int = option(2, "cells along each side of the feature map, the paper's d")
     alpha: float = option(0.7, "share of the global distillation against cross-entropy, 0 to 1")
@@ -73,11 +106,33 @@ class Recipe:
     seed: int = option(
         0, "seed of the initial weights, the order of the images and their augmentation"
     )
-    eval_batch_size: int = option(500, "images a step of evaluation, over all processes together")
-    compile: bool = option(
-        False, "compile the models with torch.compile: slower start, faster steps"
+    sync_batch_norm: bool = option(
+        False, "batch norm over the batches of all processes together, instead of each its own"
     )
-    keep_checkpoints: int = option(2, "newest checkpoints to keep")
+    compile: bool = option(
+        False, "compile the models with torch.compile: slower start, faster steps on most GPUs"
+    )
+    threads: int | None = option(
+        None,
+        "CPU threads of each process; null shares this machine's cores among its processes",
+        decides=False,
+    )
+    eval_batch_size: int = option(
+        500, "images a step of evaluation, over all processes together", decides=False
+    )
+
+    checkpoint_minutes: float = option(
+        30.0,
+        "minutes between checkpoints within an epoch, beside the one at its end",
+        decides=False,
+    )
+    keep_checkpoints: int = option(2, "newest checkpoints to keep", decides=False)
+    max_minutes: float | None = option(
+        None, "minutes after which to write a checkpoint and end; null for no limit", decides=False
+    )
+    trackers: list[Literal["tensorboard", "trackio", "wandb"]] = option(
+        [], "where to log each epoch besides metrics.jsonl, such as '[tensorboard]'", decides=False
+    )
 
     def __post_init__(self) -> None:
         """Refuse values outside their range, naming them."""
@@ -97,6 +152,13 @@ class Recipe:
             seed=(0, math.inf),
             eval_batch_size=(1, math.inf),
             keep_checkpoints=(1, math.inf),
+            crop_pct=(0.01, 1),
+            workers=(0, math.inf),
+            shuffle_buffer=(1, math.inf),
+            train_images=(1, math.inf),
+            threads=(1, math.inf),
+            checkpoint_minutes=(0, math.inf),
+            max_minutes=(0, math.inf),
         )
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
@@ -108,6 +170,15 @@ class Recipe:
             raise ValueError(
                 f"lr_drops={self.lr_drops} must be fractions of the epochs, between 0 and 1"
             )
+        if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise ValueError(
+                f"crop_scale={self.crop_scale} must be two parts of the area, the smaller first, "
+                "between 0 and 1"
+            )
+        if not 0 <= self.val_fraction < 1:
+            raise ValueError(f"val_fraction={self.val_fraction} must be at least 0 and below 1")
+        if self.streaming and (self.val_fraction or self.in_memory):
+            raise ValueError("streaming cannot be combined with val_fraction or in_memory")
 
     def lr_at(self, epoch: int) -> float:
         """Return the learning rate of an epoch, counted from 0."""
@@ -115,12 +186,11 @@ class Recipe:
         return self.lr * self.lr_decay**drops
 
     def differences(self, other: Recipe) -> list[str]:
-        """Describe the options in which another recipe differs, one line each."""
-        mine, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
+        """Describe in which options that decide the result another recipe differs, one each."""
+        names = [field.name for field in dataclasses.fields(self) if field.metadata["decides"]]
+        pairs = ((name, getattr(self, name), getattr(other, name)) for name in names)
         return [
-            f"{name}: {mine[name]} here, {theirs[name]} there"
-            for name in mine
-            if mine[name] != theirs[name]
+            f"{name}: {mine} here, {theirs} there" for name, mine, theirs in pairs if mine != theirs
         ]
 
     def to_yaml(self) -> str:

@@ -21,8 +21,11 @@ from jsonargparse import ArgumentParser
 from timm.task import ClassificationEvaluator
 
 import gld_zoo  # noqa: F401  registers the models
-from loaders import CHECKOUT, ImageSource, Normalize, eval_batches
+from batches import Normalize, Share, Transforms
+from loaders import eval_batches
 from recipe import Recipe
+from sources import CHECKOUT, ImageSource
+from tensor_path import decode
 
 PACKAGE = CHECKOUT / "gld_zoo"
 RESULTS = PACKAGE / "results.json"
@@ -96,19 +99,22 @@ def release(run: Path, name: str, recipe_name: str, test_set: str) -> dict[str, 
 def measure(model: Any, test_set: str) -> tuple[dict[str, float], int]:
     """Return top-1 and top-5 on a dataset's test split, and its number of images."""
     cfg = model.pretrained_cfg
-    _, test = ImageSource(test_set).decode(cfg["input_size"][-1], cfg["interpolation"])
+    transforms = Transforms(cfg["input_size"][-1], cfg["interpolation"], crop_pct=cfg["crop_pct"])
+    normalize = Normalize(cfg["mean"], cfg["std"], torch.device("cpu"))
+    rows = ImageSource(test_set).test
+    test = eval_batches(rows, transforms, normalize, batch_size=500, share=Share())
     evaluator = ClassificationEvaluator()
-    for images, target in eval_batches(test, cfg["mean"], cfg["std"], batch_size=500):
+    for images, target in test:
         evaluator.update(model(images), target)
-    return dict(evaluator.compute()), len(test.labels)
+    return dict(evaluator.compute()), test.count
 
 
 @torch.no_grad()
 def stored_logits(model: Any) -> dict[str, Any]:
     """Return two bundled images uint8 `[2, H, W, 3]` and the logits `[2, K]` they must give."""
     cfg = model.pretrained_cfg
-    _, test = ImageSource(str(PACKAGE / "data" / "cifar100_mini")).decode(cfg["input_size"][-1])
-    pixels = test.images[:2]
+    rows = ImageSource(str(PACKAGE / "data" / "cifar100_mini")).test
+    pixels = decode(rows, Transforms(cfg["input_size"][-1]).fit(), cfg["input_size"][-1]).images[:2]
     logits = model(Normalize(cfg["mean"], cfg["std"], pixels.device)(pixels))
     rounded = [[round(value, 5) for value in row] for row in logits.tolist()]
     return dict(images=pixels.tolist(), logits=rounded)

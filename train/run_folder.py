@@ -15,7 +15,10 @@ from typing import Any
 import matplotlib
 import torch
 from accelerate import Accelerator
+from torch import nn
 
+from disk import write_text, writing
+from gld_zoo.hub import save_pretrained
 from recipe import Recipe
 
 matplotlib.use("Agg")
@@ -87,10 +90,11 @@ class RunFolder:
         accelerator.wait_for_everyone()
         if not accelerator.is_main_process:
             return
-        self.path.mkdir(parents=True, exist_ok=True)
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
         environment = describe_environment(accelerator)
         if not (self.path / "recipe.yaml").is_file():
-            self._write("recipe.yaml", self.recipe.to_yaml())
+            write_text(self.path / "recipe.yaml", self.recipe.to_yaml())
         if (self.path / "env.json").is_file():
             first = json.loads((self.path / "env.json").read_text(encoding="utf-8"))
             for name in ("processes", "mixed_precision"):
@@ -102,9 +106,11 @@ class RunFolder:
             environment = dict(first, resumed=[*first.get("resumed", []), environment])
         self.write_json("env.json", environment)
 
-    def rewind(self, history: list[dict[str, Any]]) -> None:
+    def rewind(self, history: list[dict[str, Any]], accelerator: Accelerator) -> None:
         """Go back to the history that a checkpoint holds."""
         self.history = list(history)
+        if history and accelerator.is_main_process:
+            self.write_metrics()
 
     def discard(self, checkpoints: list[Path], accelerator: Accelerator) -> None:
         """Remove damaged checkpoints, which would count among those to keep."""
@@ -113,20 +119,25 @@ class RunFolder:
             for path in checkpoints:
                 shutil.rmtree(path)
 
-    def log(self, line: dict[str, Any]) -> None:
-        """Add an epoch's metrics and redraw the curves."""
-        self.history.append(line)
-        self._write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.history))
-        draw_curves(self.history, self.path / "curves.png")
+    def write_metrics(self) -> None:
+        """Write the history's lines and redraw the curves."""
+        lines = "".join(json.dumps(line) + "\n" for line in self.history)
+        write_text(self.path / "metrics.jsonl", lines)
+        with writing(self.path / "curves.png"):
+            draw_curves(self.history, self.path / "curves.png")
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """Write a file whole or not at all."""
-        self._write(name, json.dumps(content, indent=2) + "\n")
+        write_text(self.path / name, json.dumps(content, indent=2) + "\n")
 
-    def _write(self, name: str, text: str) -> None:
-        temporary = self.path / f".{name}.partial"
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, self.path / name)
+    def export(self, name: str, model: nn.Module, **config: Any) -> None:
+        """Write a model as timm loads it, whole or not at all, over an earlier one."""
+        temporary, folder = self.path / f".{name}.partial", self.path / name
+        with writing(folder):
+            shutil.rmtree(temporary, ignore_errors=True)
+            save_pretrained(model, temporary, **config)
+            shutil.rmtree(folder, ignore_errors=True)
+            temporary.rename(folder)
 
 
 def describe_environment(accelerator: Accelerator) -> dict[str, Any]:
@@ -147,6 +158,7 @@ def describe_environment(accelerator: Accelerator) -> dict[str, Any]:
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         processor=f"{platform.machine()}, {os.cpu_count()} cores",
         processes=accelerator.num_processes,
+        threads=torch.get_num_threads(),
         mixed_precision=accelerator.mixed_precision,
     )
 
@@ -164,25 +176,36 @@ def _commit() -> str | None:
         return None
 
 
+def measured_split(line: dict[str, Any]) -> str:
+    """Return which split a line of metrics was measured on: the one held out, if any."""
+    return "val" if "val_top1" in line else "test"
+
+
 def draw_curves(history: list[dict[str, Any]], path: Path) -> None:
     """Draw top-1, loss terms and learning rate by epoch."""
     epochs = [line["epoch"] for line in history]
+    last = history[-1]
+    split = measured_split(last)
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
-    for key, label in (("train_top1", "train"), ("test_top1", "test")):
-        axes[0].plot(epochs, [line[key] for line in history], marker=".", label=label)
-    axes[0].set(title=f"top-1, test {history[-1]['test_top1']:.2f} %", xlabel="epoch", ylabel="%")
-    for key in history[-1]:
-        if key.startswith("loss_") or key == "loss":
-            style = dict(color="black", linewidth=2) if key == "loss" else {}
-            axes[1].plot(
-                epochs, [line[key] for line in history], label=key.removeprefix("loss_"), **style
-            )
-    axes[1].set(title="training loss and its weighted terms", xlabel="epoch", yscale="log")
-    axes[2].step(epochs, [line["lr"] for line in history], where="mid", color="gray")
-    axes[2].set(title="learning rate", xlabel="epoch", yscale="log")
+    for name in ("train", split):
+        values = [line[f"{name}_top1"] for line in history]
+        axes[0].plot(epochs, values, marker=".", label=name)
+    axes[0].set(title=f"top-1, {split} {last[f'{split}_top1']:.2f} %", ylabel="%")
+    terms = [key for key in last if key.startswith("loss")]
+    for key in terms if len(terms) > 2 else ["loss"]:
+        style = dict(color="black", linewidth=2) if key == "loss" else {}
+        label = "sum" if key == "loss" else key.removeprefix("loss_")
+        axes[1].plot(epochs, [line[key] for line in history], label=label, **style)
+    axes[1].set(title="training loss and its weighted terms", yscale="log")
+    rates = [line["lr"] for line in history]
+    axes[2].stairs(rates, [0.5, *(epoch + 0.5 for epoch in epochs)], baseline=None, color="gray")
+    axes[2].set(title="learning rate", yscale="log")
     for ax in axes:
         ax.grid(alpha=0.3)
+        ax.set_xlabel("epoch")
+        ax.xaxis.get_major_locator().set_params(integer=True)
     axes[0].legend()
-    axes[1].legend()
+    if len(terms) > 2:
+        axes[1].legend()
     figure.savefig(path, dpi=110)
     plt.close(figure)

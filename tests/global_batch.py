@@ -1,0 +1,58 @@
+"""Train 20 steps in float64 and write losses, gradients and weights: one process or several.
+
+    torchrun --nproc_per_node 2 tests/global_batch.py DATASET TEACHER OUT MODE
+
+MODE is `eval` (batch norm in eval mode), `sync` (synchronised), or `local` (as `eval`, but with
+the relation of each process's own batch: another result, on purpose).
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save_file
+from torch import nn
+
+from recipe import Recipe
+from run_folder import RunFolder
+from trainer import Trainer
+
+
+def main(dataset, teacher, out, mode):
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(1)
+    accelerator = Accelerator(cpu=True)
+    recipe = Recipe(
+        student="gld_wrn16_1",
+        teacher=f"local-dir:{teacher}",
+        dataset=dataset,
+        batch_size=16,
+        lr=0.01,
+        sync_batch_norm=mode == "sync",
+    )
+    trainer = Trainer(recipe, RunFolder(Path(out), recipe, resume=False), accelerator)
+    trainer.criterion.global_batch = mode != "local"
+    trainer.network.train()
+    if mode != "sync":
+        for module in trainer.student.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+    losses = []
+    for epoch in range(5):
+        for images, target in trainer.data.train.epoch(epoch):
+            _, terms = trainer.forward(images, target)
+            accelerator.backward(terms["loss"])
+            means = accelerator.reduce(torch.stack(list(terms.values())).detach(), "mean")
+            losses.append(means)
+            gradient = torch.cat([p.grad.flatten() for p in trainer.student.parameters()])
+            trainer.optimizer.step()
+            trainer.optimizer.zero_grad()
+    assert len(losses) == 20
+    if accelerator.is_main_process:
+        save_file(dict(losses=torch.stack(losses), gradient=gradient), out + ".safetensors")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

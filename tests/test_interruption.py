@@ -1,0 +1,149 @@
+"""Whatever ends a run, it goes on to the same bits, and nothing is half written."""
+
+import json
+import os
+import resource
+import signal
+import threading
+import time
+
+import pytest
+from conftest import SMALL_RUN, read_lines
+
+from interruption import Interruption
+
+
+def assert_same_result(run, expected):
+    weights = [folder / "last" / "model.safetensors" for folder in (run, expected)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    ours, theirs = (read_lines(folder / "metrics.jsonl") for folder in (run, expected))
+    for line, other in zip(ours, theirs, strict=True):
+        for name in line:
+            if "second" not in name:
+                assert line[name] == pytest.approx(other[name], rel=1e-9), name
+
+
+def test_a_time_limit_after_any_step_changes_no_bit(student_run, tmp_path, distill):
+    run = tmp_path / "run"
+    options = ["--config", student_run / "recipe.yaml", "--run", run]
+    output = distill(*options, "--max_minutes", 0)
+    assert "stopped by max_minutes at step 1 of epoch 1; go on with --resume" in output
+    assert not (run / "summary.json").exists()
+    for step in (2, 3):
+        output = distill(*options, "--max_minutes", 0, "--resume")
+        assert f"after 0 epochs and {step - 1} steps" in output
+        assert f"at step {step} of epoch 1" in output
+    distill(*options, "--resume")
+    assert_same_result(run, student_run)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_writes_a_checkpoint_and_ends_the_run_in_peace(
+    student_run, tmp_path, distill, number
+):
+    run = tmp_path / "run"
+    options = ["--config", student_run / "recipe.yaml", "--run", run]
+    before = signal.getsignal(number)
+
+    def send():
+        while not list(run.glob("checkpoints/epoch-00000-step-*")):
+            time.sleep(0.001)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    output = distill(*options, "--checkpoint_minutes", 0)
+    thread.join()
+    assert f"stopped by {number.name} at step" in output
+    assert signal.getsignal(number) == before
+    distill(*options, "--resume")
+    assert_same_result(run, student_run)
+
+
+def test_the_second_signal_is_not_held_back(monkeypatch):
+    class Alone:
+        num_processes = 1
+
+    with Interruption(Alone(), max_minutes=None, checkpoint_minutes=1) as interruption:
+        handler = signal.getsignal(signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interruption.due(3) == (True, True)
+        assert signal.getsignal(signal.SIGINT) != handler
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_full_disk_ends_the_run_and_loses_nothing(student_run, tmp_path, distill):
+    """A limit on the size of files stands for the disk: the weights do not fit."""
+    run = tmp_path / "run"
+    options = ["--config", student_run / "recipe.yaml", "--run", run]
+    distill(*options, "--max_minutes", 0)
+    before = sorted(path.name for path in (run / "checkpoints").iterdir())
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
+    try:
+        output = distill(*options, "--resume", fails=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "error: cannot write" in output
+    assert "go on with --resume" in output
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == before
+    assert not list(run.rglob("*.partial"))
+    distill(*options, "--resume")
+    assert_same_result(run, student_run)
+
+
+def test_a_file_in_the_folders_way_is_named(student_run, tmp_path, distill):
+    (tmp_path / "file").write_text("")
+    options = ["--config", student_run / "recipe.yaml", "--run", tmp_path / "file" / "run"]
+    output = distill(*options, fails=True)
+    assert "error: cannot write" in output
+    assert "Not a directory" in output
+
+
+def test_a_held_out_part_selects_best_and_leaves_the_test_split_to_the_end(
+    tiny_dataset, tmp_path, distill
+):
+    run = tmp_path / "run"
+    options = [*SMALL_RUN, "--dataset", tiny_dataset, "--val_fraction", 0.25, "--run", run]
+    output = distill(*options)
+    assert "48 training and 33 test images, 16 held out" in output
+    lines = read_lines(run / "metrics.jsonl")
+    assert "val_top1" in lines[0]
+    assert not any(name.startswith("test_") for name in lines[0])
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["best_epoch_top1"] == max(line["val_top1"] for line in lines)
+    assert summary["best_epoch_split"] == "val"
+    assert {"top1", "best_top1"} <= summary.keys()
+    assert (run / "best" / "model.safetensors").is_file()
+
+
+def test_the_classifier_alone_is_trained_when_asked(teacher_run, tiny_dataset, tmp_path, distill):
+    from safetensors.torch import load_file
+
+    run = tmp_path / "run"
+    student = ["--student", f"local-dir:{teacher_run}/last", "--finetune", "classifier"]
+    output = distill(*SMALL_RUN, *student, "--dataset", tiny_dataset, "--run", run)
+    assert "pretrained: top-1" in output
+    before, after = (load_file(path / "last" / "model.safetensors") for path in (teacher_run, run))
+    changed = {name for name in after if not after[name].equal(before[name])}
+    assert changed == {"fc.weight", "fc.bias"}
+
+
+def test_images_read_when_needed_train_and_resume_too(tiny_dataset, tmp_path, distill):
+    options = [*SMALL_RUN, "--dataset", tiny_dataset, "--in_memory", "false", "--workers", 1]
+    options += ["--crop", "resized", "--crop_pct", 0.875]
+    distill(*options, "--run", tmp_path / "whole")
+    run = tmp_path / "run"
+    distill(*options, "--run", run, "--max_minutes", 0)
+    distill(*options, "--run", run, "--resume", "--workers", 0)
+    assert_same_result(run, tmp_path / "whole")
+    config = json.loads((run / "last" / "config.json").read_text())
+    assert config["pretrained_cfg"]["crop_pct"] == 0.875
+
+
+def test_trackers_are_named_and_must_be_installed(tiny_dataset, tmp_path, distill, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    options = ["--dataset", tiny_dataset, "--run", tmp_path / "run", "--trackers", "[wandb]"]
+    assert "pip install wandb" in distill(*SMALL_RUN, *options, fails=True)
+    assert not (tmp_path / "run").exists()

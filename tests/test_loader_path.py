@@ -1,0 +1,160 @@
+"""Images read when needed: the same images whatever the workers, processes and resumes."""
+
+import io
+
+import pytest
+import torch
+from conftest import FEATURES, write_dataset
+from datasets import Dataset
+from PIL import Image as PILImage
+
+from batches import Normalize, Share, Transforms
+from loader_path import LoaderBatches, LoaderEval, StreamBatches
+from sources import DataError, ImageSource
+from tensor_path import TensorEval, decode
+
+NORMALIZE = Normalize((0.5, 0.4, 0.3), (0.2, 0.25, 0.3), torch.device("cpu"))
+TRANSFORMS = Transforms(24, crop="resized")
+
+
+@pytest.fixture(scope="module")
+def source(tiny_dataset):
+    return ImageSource(str(tiny_dataset))
+
+
+def batches_of(source, **options):
+    defaults = dict(batch_size=16, seed=3, share=Share(), workers=0)
+    return LoaderBatches(source.train, TRANSFORMS.training(), NORMALIZE, **{**defaults, **options})
+
+
+def collect(batches):
+    images, labels = zip(*batches, strict=True)
+    return torch.stack(images), torch.stack(labels)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_workers_do_not_change_the_batches(source, workers):
+    expected, labels = collect(batches_of(source).epoch(2))
+    images, targets = collect(batches_of(source, workers=workers).epoch(2))
+    assert torch.equal(images, expected)
+    assert torch.equal(targets, labels)
+    first, _ = next(batches_of(source).epoch(2))
+    assert first.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_resumed_epoch_goes_on_where_it_stopped(source):
+    batches = batches_of(source, workers=2)
+    expected, _ = collect(batches.epoch(1))
+    assert torch.equal(collect(batches.epoch(1, start=2))[0], expected[2:])
+    assert torch.equal(collect(batches.epoch(1))[0], expected)
+    assert not torch.equal(collect(batches.epoch(0))[0], expected)
+
+
+def test_processes_share_each_global_batch(source):
+    expected, _ = collect(batches_of(source).epoch(1))
+    for rank in range(2):
+        images, _ = collect(batches_of(source, share=Share(rank, 2)).epoch(1))
+        assert torch.equal(images, expected[:, rank::2])
+
+
+def test_augmentation_differs_between_images_and_epochs_and_leaves_the_global_generator(source):
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    batches = batches_of(source)
+    first, _ = collect(batches.epoch(0))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    second, _ = collect(batches.epoch(1))
+    assert len({tuple(image.flatten().tolist()) for image in first.flatten(0, 1)}) == 64
+    assert first.mean() != second.mean()
+
+
+def test_measured_images_are_those_of_the_tensor_path(source):
+    transforms = Transforms(24, crop_pct=0.875)
+    split = decode(source.test, transforms.measuring(), 24)
+    for world_size in (1, 2):
+        for rank in range(world_size):
+            options = dict(batch_size=8, share=Share(rank, world_size))
+            expected = list(TensorEval(split, NORMALIZE, **options))
+            transform = transforms.measuring()
+            found = LoaderEval(source.test, transform, NORMALIZE, workers=1, **options)
+            for (images, labels), (theirs, targets) in zip(found, expected, strict=True):
+                assert torch.equal(images, theirs)
+                assert torch.equal(labels, targets)
+
+
+def test_an_unreadable_image_in_a_worker_is_named_by_row(tmp_path, rows):
+    columns = {key: list(column[:32]) for key, column in rows["train"].items()}
+    columns["img"][21] = {"bytes": b"no image", "path": None}
+    folder = write_dataset(tmp_path, dict(train=columns, test=rows["test"]))
+    batches = batches_of(ImageSource(str(folder)), workers=2)
+    with pytest.raises(DataError, match=r"^row 21 of split 'train'.*not a readable image"):
+        list(batches.epoch(0))
+
+
+def test_rows_held_out_are_balanced_and_the_rest_is_kept(source):
+    kept, held = source.train.hold_out(0.25, seed=1)
+    labels = source.train.labels()
+    assert sorted([*kept.numbers.tolist(), *held.numbers.tolist()]) == list(range(64))
+    for label, count in enumerate(labels.bincount().tolist()):
+        assert (held.labels() == label).sum() == round(0.25 * count)
+    assert torch.equal(labels[held.numbers], held.labels())
+    assert torch.equal(source.train.hold_out(0.25, seed=1)[1].numbers, held.numbers)
+    assert not torch.equal(source.train.hold_out(0.25, seed=2)[1].numbers, held.numbers)
+
+
+def test_an_image_folder_of_mixed_sizes_and_modes_is_read(tmp_path, rows):
+    modes = ["RGB", "L", "CMYK", "P", "RGBA", "1"]
+    for split in ("train", "test"):
+        (tmp_path / split / "one").mkdir(parents=True)
+        for i, mode in enumerate(modes):
+            image = PILImage.open(io.BytesIO(rows[split]["img"][i]["bytes"])).convert("RGB")
+            name = f"{i}.jpg" if mode == "CMYK" else f"{i}.png"
+            image.resize((40 + i, 60 - i)).convert(mode).save(tmp_path / split / "one" / name)
+    images, _ = collect(batches_of(ImageSource(str(tmp_path)), batch_size=6).epoch(0))
+    assert images.shape == (1, 6, 3, 24, 24)
+
+
+@pytest.fixture(scope="module")
+def stream(tmp_path_factory, rows):
+    """A stream of four shards, whose card tells nothing."""
+    folder = tmp_path_factory.mktemp("stream")
+    for split, shards in (("train", 4), ("test", 1)):
+        for shard in range(shards):
+            columns = {key: column[shard::shards][:16] for key, column in rows[split].items()}
+            path = folder / "data" / f"{split}-{shard:05d}-of-{shards:05d}.parquet"
+            path.parent.mkdir(exist_ok=True)
+            Dataset.from_dict(columns, features=FEATURES).to_parquet(str(path))
+    return ImageSource(str(folder), streaming=True)
+
+
+def streamed(stream, **options):
+    defaults = dict(count=64, batch_size=16, buffer=32, seed=3, share=Share(), workers=0)
+    transform = Transforms(24).training()
+    return StreamBatches(stream.train, transform, NORMALIZE, **{**defaults, **options})
+
+
+@pytest.mark.parametrize("workers", [0, 2, 9])
+def test_a_stream_repeats_and_a_resumed_one_goes_on(stream, workers):
+    batches = streamed(stream, workers=workers)
+    assert len(batches) == 4
+    expected, _ = collect(batches.epoch(1))
+    assert torch.equal(collect(streamed(stream, workers=workers).epoch(1))[0], expected)
+    assert torch.equal(collect(batches.epoch(1, start=3))[0], expected[3:])
+    assert not torch.equal(collect(batches.epoch(0))[0], expected)
+
+
+def test_a_stream_shows_each_image_once_an_epoch_and_each_process_its_own(stream):
+    transform = Transforms(24).measuring()
+    for world_size in (1, 2):
+        seen = []
+        for rank in range(world_size):
+            batches = streamed(stream, share=Share(rank, world_size))
+            batches.images.transform = transform
+            images, _ = collect(batches.epoch(0))
+            seen += [tuple(image.flatten().tolist()) for image in images.flatten(0, 1)]
+        assert len(set(seen)) == 64
+
+
+def test_a_stream_without_a_count_says_what_to_set(stream):
+    with pytest.raises(DataError, match="set train_images"):
+        streamed(stream, count=None)

@@ -1,0 +1,145 @@
+"""What both data paths share: seeds, the order of an epoch, transforms, and pixels to floats."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torchvision.transforms import v2
+
+from sources import DataError
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+
+
+class TrainBatches(Protocol):
+    """The training batches of a run: images `[B, 3, S, S]`, normalised, and labels `[B]`."""
+
+    count: int
+
+    def __len__(self) -> int:
+        """Return the steps of an epoch."""
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Yield an epoch's batches from step `start` on, both counted from 0."""
+
+
+class EvalBatches(Protocol):
+    """A process's share of the images to measure on, in order, none dropped or padded."""
+
+    count: int  # over all processes
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield images `[B, 3, S, S]`, normalised, and labels `[B]`."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which examples of a global batch are a process's own: rows rank::world_size."""
+
+    rank: int = 0
+    world_size: int = 1
+
+    def of(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return this process's part of a global batch."""
+        return rows[self.rank :: self.world_size]
+
+    def batch_size(self, batch_size: int) -> int:
+        """Return this process's part of a global batch size.
+
+        Raises:
+            DataError: If it cannot be shared equally.
+        """
+        if batch_size % self.world_size:
+            raise DataError(
+                f"batch_size={batch_size} cannot be shared equally by {self.world_size} processes; "
+                "use a multiple"
+            )
+        return batch_size // self.world_size
+
+
+def derive_seed(*parts: int) -> int:
+    """Hash integers to the 32 bits that torch's CPU generator takes."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big")
+
+
+def epoch_generator(seed: int, epoch: int) -> torch.Generator:
+    """Return the generator that decides an epoch; its first draw is the order of the rows."""
+    return torch.Generator().manual_seed(derive_seed(seed, epoch))
+
+
+@dataclass(frozen=True)
+class Transforms:
+    """How images become uint8 tensors `[3, size, size]`, for training and for measuring.
+
+    Args:
+        size: Side in pixels.
+        interpolation: As in a timm cfg.
+        crop: 'padded' crops at random from the image with a black border, 'resized' a random part
+            of it, resized.
+        crop_padding: Border in pixels.
+        crop_scale: Smallest and largest part of the area.
+        crop_pct: Share of the resized image's side that the centre crop keeps when measuring.
+        flip: Mirror half of the training images.
+    """
+
+    size: int
+    interpolation: str = "bilinear"
+    crop: str = "padded"
+    crop_padding: int = 4
+    crop_scale: tuple[float, ...] = (0.08, 1.0)
+    crop_pct: float = 1.0
+    flip: bool = True
+
+    @property
+    def _mode(self) -> v2.InterpolationMode:
+        name = self.interpolation
+        return v2.InterpolationMode("bilinear" if name == "random" else name)
+
+    def fit(self, crop_pct: float = 1.0) -> v2.Compose:
+        """Resize by the shorter side and crop at the centre."""
+        resized = math.floor(self.size / crop_pct)
+        return v2.Compose(
+            [v2.Resize(resized, self._mode), v2.CenterCrop(self.size), v2.PILToTensor()]
+        )
+
+    def measuring(self) -> v2.Compose:
+        """Return the transform of images to measure on."""
+        return self.fit(self.crop_pct)
+
+    def training(self) -> v2.Compose:
+        """Return the random transform of images to train on."""
+        steps: list[Any]
+        if self.crop == "resized":
+            steps = [v2.RandomResizedCrop(self.size, self.crop_scale, interpolation=self._mode)]
+        else:
+            steps = [v2.Resize(self.size, self._mode), v2.CenterCrop(self.size)]
+            steps += [v2.RandomCrop(self.size, padding=self.crop_padding)]
+        if self.flip:
+            steps.append(v2.RandomHorizontalFlip())
+        return v2.Compose([*steps, v2.PILToTensor()])
+
+
+class Normalize:
+    """Map uint8 pixels to normalised floats, channels last in memory.
+
+    Args:
+        mean, std: For pixels in 0 to 1.
+        device: Where the pixels are.
+    """
+
+    def __init__(
+        self, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+    ) -> None:
+        self.device = device
+        self.scale = 1 / (255 * torch.tensor(std, device=device))
+        self.shift = -torch.tensor(mean, device=device) / torch.tensor(std, device=device)
+
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Map `[B, S, S, 3]` to `[B, 3, S, S]`."""
+        pixels = pixels.to(self.scale.dtype)
+        return torch.addcmul(self.shift, pixels, self.scale).permute(0, 3, 1, 2)

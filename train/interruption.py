@@ -1,0 +1,80 @@
+"""When to write a checkpoint before an epoch's end, and when to stop there."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+CHECK_EVERY = 20  # steps between the processes' agreements on it
+
+
+class Stopped(Exception):
+    """The run was asked to stop, and a checkpoint holds all of it."""
+
+
+class Interruption:
+    """A context that notices SIGTERM, Ctrl-C and a time limit, and when a checkpoint is due.
+
+    Several processes agree every `CHECK_EVERY` steps, so that all stop at the same one; a single
+    process stops at the next step. After the first signal the handlers of before are back: a
+    second Ctrl-C ends the program at once.
+
+    Args:
+        accelerator: The processes that must agree.
+        max_minutes: Limit of the run; None for none.
+        checkpoint_minutes: Between checkpoints within an epoch.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, *, max_minutes: float | None, checkpoint_minutes: float
+    ) -> None:
+        self.accelerator = accelerator
+        self.deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
+        self.interval = 60 * checkpoint_minutes
+        self.saved = time.monotonic()
+        self.reason: str | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Interruption:
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                self._before[number] = signal.signal(number, self._notice)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    def _notice(self, number: int, _: FrameType | None) -> None:
+        self.reason = signal.Signals(number).name
+        self._restore()
+
+    def due(self, step: int) -> tuple[bool, bool]:
+        """Tell after a step whether to write a checkpoint, and whether to stop after that."""
+        several = self.accelerator.num_processes > 1
+        if several and step % CHECK_EVERY:
+            return False, False
+        now = time.monotonic()
+        if self.reason is None and self.deadline is not None and now >= self.deadline:
+            self.reason = "max_minutes"
+        stop, save = self.reason is not None, now - self.saved >= self.interval
+        if several:
+            flags = torch.tensor([stop, save], dtype=torch.int32, device=self.accelerator.device)
+            torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
+            stop, save = bool(flags[0]), bool(flags[1])
+        return stop or save, stop
+
+    def written(self) -> None:
+        """Count the minutes to the next checkpoint from now."""
+        self.saved = time.monotonic()

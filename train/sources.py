@@ -1,0 +1,221 @@
+"""From a dataset's name to its rows: splits, columns, classes, and single images decoded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import ClassLabel, Dataset, Image, IterableDataset, Value, load_dataset
+from PIL import Image as PILImage
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+Table = Any  # Dataset or IterableDataset, which share no base class
+
+
+class DataError(ValueError):
+    """The dataset is not what the recipe says; the message names the place and the remedy."""
+
+
+class ImageSource:
+    """A dataset that has been found: its splits, columns and classes, no image decoded yet.
+
+    Args:
+        name: Hub id, folder in hub layout or image folder; a relative path is looked up from the
+            current folder, then from the checkout.
+        train_split, test_split: Names of the splits; None takes 'test', else 'validation'.
+        image_column, label_column: Names of the columns; None takes the first of the right type.
+        streaming: Read rows in order from where they lie instead of a local copy.
+
+    Raises:
+        DataError: If the dataset, a split or a column is not there or not usable.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        train_split: str = "train",
+        test_split: str | None = None,
+        image_column: str | None = None,
+        label_column: str | None = None,
+        streaming: bool = False,
+    ) -> None:
+        splits = _open(name, streaming)
+        train = _pick_split(name, splits, [train_split])
+        test = _pick_split(name, splits, [test_split] if test_split else ["test", "validation"])
+        features = splits[train].features
+        if features is None:  # a stream that does not tell before it is read
+            features = splits[train]._resolve_features().features
+        image = _pick_column(name, features, image_column, Image, "image_column")
+        label = _pick_column(name, features, label_column, ClassLabel, "label_column")
+        self.name = name
+        self.label_names = _label_names(name, splits[train], features, label)
+        self.train, self.test = (
+            Rows(
+                splits[split]
+                .select_columns([image, label])
+                .cast_column(image, Image(decode=False)),
+                image,
+                label,
+                len(self.label_names),
+                f"split {split!r} of {name}",
+            )
+            for split in (train, test)
+        )
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One split, its images still encoded; `numbers` are the rows' own where some were left out."""
+
+    table: Table
+    image_column: str
+    label_column: str
+    classes: int
+    where: str
+    numbers: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        """Return the number of rows; for a stream, what the dataset's card says.
+
+        Raises:
+            DataError: If the card does not say it.
+        """
+        if isinstance(self.table, Dataset):
+            return len(self.table)
+        split = (self.table.info.splits or {}).get(str(self.table.split))
+        if split is None or not split.num_examples:
+            raise DataError(
+                f"{self.where} does not tell its number of rows (dataset_info in its card), which "
+                "streaming needs; set train_images"
+            )
+        return split.num_examples
+
+    def labels(self) -> torch.Tensor:
+        """Return the class indices int64 `[rows]`, none of them out of range.
+
+        Raises:
+            DataError: If one is; it names the first such row.
+        """
+        column = self.table[self.label_column]
+        labels = torch.tensor([-1 if label is None else label for label in column])
+        wrong = ((labels < 0) | (labels >= self.classes)).nonzero().flatten()
+        if len(wrong):
+            row = int(wrong[0])
+            raise self.label_error(self.number(row), column[row], f" ({len(wrong)} such rows)")
+        return labels.to(torch.int64)
+
+    def hold_out(self, fraction: float, seed: int) -> tuple[Rows, Rows]:
+        """Split the rows class by class: those to keep, and a `fraction` (rounded) held out."""
+        labels = self.labels()
+        generator = torch.Generator().manual_seed(seed)
+        held = torch.zeros(len(labels), dtype=torch.bool)
+        for label in range(self.classes):
+            rows = (labels == label).nonzero().flatten()
+            rows = rows[torch.randperm(len(rows), generator=generator)]
+            held[rows[: round(fraction * len(rows))]] = True
+        return self._select(~held), self._select(held)
+
+    def _select(self, chosen: torch.Tensor) -> Rows:
+        numbers = chosen.nonzero().flatten()
+        return replace(self, table=self.table.select(numbers.tolist()), numbers=numbers)
+
+    def number(self, row: int) -> int:
+        """Return a row's number in the dataset."""
+        return row if self.numbers is None else int(self.numbers[row])
+
+    def read(self, item: dict[str, Any], row: int) -> PILImage.Image:
+        """Decode an image, upright and RGB; 16-bit grey is scaled to 8 bits, alpha is dropped.
+
+        Raises:
+            DataError: If it cannot be read; it names the row.
+        """
+        try:
+            image = Image().decode_example(item)
+            if image.mode.startswith("I"):  # convert would cut every value above 255 to white
+                values = np.asarray(image).clip(0, 65535) // 257
+                image = PILImage.fromarray(values.astype(np.uint8))
+            return image.convert("RGB")
+        except Exception as error:
+            raise DataError(
+                f"row {row} of {self.where} is not a readable image ({type(error).__name__}: "
+                f"{error}); remove or replace it"
+            ) from error
+
+    def label_error(self, row: int, label: int | None, count: str = "") -> DataError:
+        """Return the error for a label outside the classes."""
+        return DataError(
+            f"row {row} of {self.where} has label {label}, outside 0 to {self.classes - 1}{count}; "
+            "remove unlabelled rows or correct them"
+        )
+
+
+def _open(name: str, streaming: bool) -> dict[str, Table]:
+    folders = [path for path in (Path(name).expanduser(), CHECKOUT / name) if path.is_dir()]
+    if not folders and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
+        raise DataError(
+            f"dataset={name!r}: there is no such folder; give one that exists or a hub id ORG/NAME"
+        )
+    try:
+        return load_dataset(str(folders[0]) if folders else name, streaming=streaming)
+    except Exception as error:
+        reason = f"({type(error).__name__}: {error})"
+        if folders:
+            raise DataError(
+                f"dataset={name!r} is neither in hub layout nor an image folder {reason}; it needs "
+                "data/train-*.parquet or train/CLASS/IMAGE"
+            ) from error
+        raise DataError(
+            f"dataset={name!r} is neither a folder nor could it be loaded from the hub {reason}; "
+            "check the name and the network, or give a folder"
+        ) from error
+
+
+def _pick_split(name: str, splits: dict[str, Table], wanted: list[str]) -> str:
+    for split in wanted:
+        if split in splits:
+            return split
+    raise DataError(
+        f"{name} has no split {' or '.join(map(repr, wanted))}; it has {', '.join(splits)}"
+    )
+
+
+def _pick_column(
+    name: str, features: dict[str, Any], wanted: str | None, kind: type, option: str
+) -> str:
+    columns = ", ".join(
+        f"{column} ({type(feature).__name__})" for column, feature in features.items()
+    )
+    if wanted is None:
+        for column, feature in features.items():
+            if isinstance(feature, kind):
+                return column
+        raise DataError(
+            f"{name} has no column of type {kind.__name__}; name one by {option}; its columns are "
+            f"{columns}"
+        )
+    feature = features.get(wanted)
+    if isinstance(feature, kind) or (kind is ClassLabel and _is_integer(feature)):
+        return wanted
+    found = "is not a column" if feature is None else f"is not of type {kind.__name__}"
+    raise DataError(f"{option}={wanted!r} {found} in {name}; its columns are {columns}")
+
+
+def _is_integer(feature: Any) -> bool:
+    return isinstance(feature, Value) and "int" in feature.dtype
+
+
+def _label_names(name: str, table: Table, features: dict[str, Any], column: str) -> list[str]:
+    feature = features[column]
+    if isinstance(feature, ClassLabel):
+        return list(feature.names)
+    if isinstance(table, IterableDataset):
+        raise DataError(
+            f"label_column={column!r} of {name} holds plain integers, whose number of classes a "
+            "stream does not tell; use streaming: false or a column of type ClassLabel"
+        )
+    largest = max((label for label in table[column] if label is not None), default=-1)
+    return [str(i) for i in range(largest + 1)]

@@ -1,0 +1,150 @@
+"""Small sets: decoded once to a uint8 tensor, then cropped, flipped and normalised as batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torchvision.transforms import v2
+
+from batches import Batch, Normalize, Share, epoch_generator
+from sources import DataError, Rows
+
+
+@dataclass(frozen=True)
+class Split:
+    """Decoded images uint8 `[N, S, S, 3]` and their class indices int64 `[N]`."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+
+    def to(self, device: torch.device) -> Split:
+        """Move both tensors."""
+        return Split(self.images.to(device), self.labels.to(device))
+
+
+def decode(rows: Rows, transform: v2.Compose, size: int) -> Split:
+    """Decode a split whole.
+
+    Args:
+        rows: The split.
+        transform: Maps an image to uint8 `[3, size, size]`.
+        size: Side in pixels.
+
+    Raises:
+        DataError: If an image cannot be read or a label is outside the classes.
+    """
+    labels = rows.labels()
+    images = torch.empty((len(rows), size, size, 3), dtype=torch.uint8)
+
+    def put(numbered: tuple[int, dict[str, Any]]) -> None:
+        row, item = numbered
+        images[row] = transform(rows.read(item, rows.number(row))).permute(1, 2, 0)
+
+    with ThreadPoolExecutor() as pool:
+        for _ in pool.map(put, enumerate(rows.table[rows.image_column])):
+            pass
+    return Split(images, labels)
+
+
+class TensorBatches:
+    """Augmented, normalised batches of a decoded split.
+
+    The epoch's order is a permutation drawn from (seed, epoch); crop and flip of image i are the
+    i-th draw from (seed, epoch). Process r takes rows r::W of each global batch; the last,
+    incomplete one is dropped.
+
+    Args:
+        split: Decoded images, on the device that trains.
+        normalize: From pixels to floats.
+        batch_size: Images a step over all processes.
+        crop_padding: Black border in pixels for the random crop.
+        flip: Mirror half of the images.
+        seed: The recipe's seed.
+        share: This process's part.
+
+    Raises:
+        DataError: If the split is smaller than a batch.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        normalize: Normalize,
+        *,
+        batch_size: int,
+        crop_padding: int,
+        flip: bool,
+        seed: int,
+        share: Share,
+    ) -> None:
+        self.count = len(split.labels)
+        if self.count < batch_size:
+            raise DataError(
+                f"the training split has {self.count} images, fewer than batch_size={batch_size}"
+            )
+        self.labels = split.labels
+        self.size = split.images.shape[1]
+        self.images = torch.nn.functional.pad(split.images, (0, 0, *[crop_padding] * 4))
+        self.normalize = normalize
+        self.batch_size = batch_size
+        self.crop_padding = crop_padding
+        self.flip = flip
+        self.seed = seed
+        self.share = share
+
+    def __len__(self) -> int:
+        """Return the steps of an epoch."""
+        return self.count // self.batch_size
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Yield images `[B, 3, S, S]` in channels-last layout and labels `[B]` of one epoch."""
+        device = self.images.device
+        generator = epoch_generator(self.seed, epoch)
+        order = torch.randperm(self.count, generator=generator).to(device)
+        shape = (2, self.count)
+        tops, lefts = torch.randint(2 * self.crop_padding + 1, shape, generator=generator).to(
+            device
+        )
+        flips = (torch.rand(self.count, generator=generator) < 0.5).to(device) & self.flip
+        batches = order[: len(self) * self.batch_size].split(self.batch_size)
+        for rows in map(self.share.of, batches[start:]):
+            yield self.normalize(self.crop(rows, tops, lefts, flips)), self.labels[rows]
+
+    def crop(
+        self, rows: torch.Tensor, tops: torch.Tensor, lefts: torch.Tensor, flips: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the crops `[B, S, S, 3]` of some rows, mirrored where `flips` says so."""
+        offsets = torch.arange(self.size, device=rows.device)
+        lines = tops[rows, None] + offsets
+        mirrored = torch.where(flips[rows, None], self.size - 1 - offsets, offsets)
+        columns = mirrored + lefts[rows, None]
+        return self.images[rows[:, None, None], lines[:, :, None], columns[:, None, :]]
+
+
+class TensorEval:
+    """A process's share of a decoded split, normalised, in order; nothing is dropped or padded.
+
+    Args:
+        split: Decoded images, on the device that measures.
+        normalize: From pixels to floats.
+        batch_size: Images a step over all processes.
+        share: This process's part.
+    """
+
+    def __init__(
+        self, split: Split, normalize: Normalize, *, batch_size: int, share: Share
+    ) -> None:
+        self.count = len(split.labels)
+        self.images, self.labels = share.of(split.images), share.of(split.labels)
+        self.normalize = normalize
+        self.step = max(1, batch_size // share.world_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield images `[B, 3, S, S]` and labels `[B]`."""
+        parts = zip(self.images.split(self.step), self.labels.split(self.step), strict=True)
+        for pixels, target in parts:
+            yield self.normalize(pixels), target
