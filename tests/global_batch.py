@@ -1,8 +1,8 @@
-"""Train 20 steps in float64 and write losses, gradients and weights: one process or several.
+"""Train 20 steps in float64 and write losses and the last gradient: one process or several.
 
-    torchrun --nproc_per_node 2 tests/global_batch.py DATASET TEACHER OUT MODE
+    torchrun --nproc_per_node 2 tests/global_batch.py DATASET TEACHER OUT MODE...
 
-MODE is `eval` (batch norm in eval mode), `sync` (synchronised), or `local` (as `eval`, but with
+A mode is `eval` (batch norm in eval mode), `sync` (synchronised), or `local` (as `eval`, but with
 the relation of each process's own batch: another result, on purpose).
 """
 
@@ -19,15 +19,22 @@ from run_folder import RunFolder
 from trainer import Trainer
 
 
-def main(dataset, teacher, out, mode):
+def main(dataset, teacher, out, *modes):
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
     accelerator = Accelerator(cpu=True)
+    for mode in modes:
+        train(accelerator, dataset, teacher, f"{out}-{mode}", mode)
+    accelerator.end_training()
+
+
+def train(accelerator, dataset, teacher, out, mode):
     recipe = Recipe(
         student="gld_wrn16_1",
         teacher=f"local-dir:{teacher}",
         dataset=dataset,
         batch_size=16,
+        image_size=16,  # float64 convolutions are slow
         lr=0.01,
         sync_batch_norm=mode == "sync",
     )
@@ -51,7 +58,6 @@ def main(dataset, teacher, out, mode):
     assert len(losses) == 20
     if accelerator.is_main_process:
         save_file(dict(losses=torch.stack(losses), gradient=gradient), out + ".safetensors")
-    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from checkpoints import (
     optimizer_tensors,
     save_checkpoint,
 )
+from disk import DiskError
 
 
 def save(folder, epoch, keep=2):
@@ -46,7 +47,7 @@ def test_a_crash_while_writing_leaves_the_earlier_ones(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoints, "save_file", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(DiskError, match="No space left on device; what was written before"):
         save(tmp_path, 2)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["epoch-00001"]
     monkeypatch.undo()
