@@ -49,16 +49,24 @@ def set_training_mode(student: nn.Module, finetune: str | None) -> None:
         student.train()
 
 
-def create_teacher(name: str, num_classes: int, device: torch.device) -> nn.Module:
+def create_teacher(
+    name: str, num_classes: int, device: torch.device, *, role: str = "teacher"
+) -> nn.Module:
     """Build a pretrained teacher in eval mode, frozen, in channels-last layout.
+
+    Args:
+        name: timm's.
+        num_classes: The dataset's classes.
+        device: Where it runs.
+        role: What errors call it.
 
     Raises:
         ModelError: If timm does not know the name, it has no weights or not the dataset's classes.
     """
-    teacher = _create("teacher", name, device, pretrained=True)
+    teacher = _create(role, name, device, pretrained=True)
     if teacher.num_classes != num_classes:
         raise ModelError(
-            f"teacher {name!r} has {teacher.num_classes} classes and the dataset {num_classes}; "
+            f"{role} {name!r} has {teacher.num_classes} classes and the dataset {num_classes}; "
             "use one trained on this dataset (teacher: null trains one, local-dir:RUN/last is it)"
         )
     return teacher.eval().requires_grad_(False)

@@ -23,6 +23,7 @@ from recipe import Recipe
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import LogLocator, NullFormatter
 
 
 class RunError(RuntimeError):
@@ -204,8 +205,14 @@ def draw_curves(history: list[dict[str, Any]], path: Path) -> None:
         ax.grid(alpha=0.3)
         ax.set_xlabel("epoch")
         ax.xaxis.get_major_locator().set_params(integer=True)
+    for ax in axes[1:]:
+        ax.yaxis.set_major_formatter("{x:g}")
+    axes[1].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes[1].yaxis.set_minor_formatter(NullFormatter())
+    axes[2].set_xlim(left=min(epochs) - 0.5)
     axes[0].legend()
     if len(terms) > 2:
-        axes[1].legend()
+        axes[1].margins(y=0.25)  # for the legend
+        axes[1].legend(ncols=len(terms), loc="upper center", fontsize="small", columnspacing=1)
     figure.savefig(path, dpi=110)
     plt.close(figure)

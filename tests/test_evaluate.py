@@ -1,0 +1,64 @@
+"""Evaluation: numbers that can be worked out by hand, and the scores of a run's own log."""
+
+import json
+
+import pytest
+import torch
+from conftest import read_lines
+
+from evaluate import Scores, cli
+
+
+def scores_of(probabilities, target):
+    logits = torch.tensor(probabilities).log()[:, None]
+    return Scores(logits, torch.tensor(target), 1.0)
+
+
+def test_calibration_error_is_the_gap_of_each_bin_weighed_by_its_images():
+    probabilities = [[0.9, 0.1], [0.9, 0.1], [0.3, 0.7], [0.52, 0.48]]
+    scores = scores_of(probabilities, [0, 1, 1, 0])
+    # confidences .9 .9 | .7 | .52; correct 1 0 | 1 | 1
+    expected = 100 * (abs(1 - 1.8) + abs(1 - 0.7) + abs(1 - 0.52)) / 4
+    assert scores.calibration_error() == pytest.approx(expected, rel=1e-5)
+    assert scores_of([[1 - 1e-9, 1e-9]], [0]).calibration_error() == pytest.approx(0, abs=1e-5)
+
+
+def test_top_k_and_agreement():
+    scores = scores_of([[0.5, 0.3, 0.2], [0.2, 0.3, 0.5]], [1, 2])
+    assert (scores.top(1), scores.top(2)) == (50.0, 100.0)
+    assert scores.agreement(scores_of([[0.5, 0.3, 0.2], [0.6, 0.3, 0.1]], [0, 0])) == 50.0
+
+
+def test_a_runs_scores_are_those_of_its_log(
+    student_run, teacher_run, tiny_dataset, tmp_path, capsys
+):
+    out = tmp_path / "out.json"
+    arguments = ["--model", student_run, "--teacher", teacher_run, "--dataset", tiny_dataset]
+    cli([str(argument) for argument in [*arguments, "--json", out]])
+    result = json.loads(out.read_text())
+    last = read_lines(student_run / "metrics.jsonl")[-1]
+    assert result["top1"] == pytest.approx(last["test_top1"])
+    assert result["top5"] == pytest.approx(last["test_top5"])
+    summary = json.loads((student_run / "summary.json").read_text())
+    assert result["teacher_top1"] == pytest.approx(summary["teacher_top1"])
+    assert len(result["local_top1"]) == 4
+    assert 0 <= result["agreement"] <= 100
+    assert result["parameters"] == 180_916 - 96 * 65  # four classes instead of a hundred
+    # stem, then by stage its first block, the others, and its shortcuts, at 32, 16 and 8 pixels
+    assert (
+        result["macs"]
+        == 32**2 * (27 * 16 + 4 * 9 * 16**2)
+        + sum(
+            (32 // 2**i) ** 2 * (9 * w * w // 2 + 3 * 9 * w * w + w * w // 2)
+            for i, w in ((1, 32), (2, 64))
+        )
+        + 64 * 4
+    )
+    printed = capsys.readouterr().out
+    assert f"top1               {result['top1']:.2f} %" in printed
+
+
+def test_a_model_of_other_classes_is_refused(student_run, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli(["--model", str(student_run), "--dataset", "gld_zoo/data/cifar100_mini"])
+    assert "has 4 classes and the dataset 100" in str(stop.value.code)

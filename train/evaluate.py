@@ -1,0 +1,223 @@
+"""Measure a model on a dataset: accuracy, local rows, calibration, agreement, size and speed.
+
+    python train/evaluate.py --model gld_wrn16_1 --dataset uoft-cs/cifar100
+    python train/evaluate.py --model runs/mine-0 --dataset DIR --teacher gld_wrn16_2 --json out.json
+
+In float32, with the preprocessing of the model's cfg; images/s is the forward pass alone.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser
+from timm.data import resolve_model_data_config
+from torch.utils.flop_counter import FlopCounterMode
+
+from batches import Normalize, Share, Transforms
+from disk import DiskError, write_text
+from gld_zoo import global_local_logits
+from loaders import eval_batches
+from models import ModelError, Teacher, create_teacher
+from sources import DataError, ImageSource
+
+BINS = 15  # of equal width, for the calibration error
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A model's logits on a split: global and local `[N, 1+L, K]`, and the classes `[N]`."""
+
+    logits: torch.Tensor
+    target: torch.Tensor
+    seconds: float
+
+    def top(self, k: int, row: int = 0) -> float:
+        """Return the share of images, in %, whose class is among a row's k largest logits."""
+        logits = self.logits[:, row]
+        hits = logits.topk(min(k, logits.shape[1])).indices == self.target[:, None]
+        return 100 * hits.any(1).double().mean().item()
+
+    def calibration_error(self) -> float:
+        """Return the expected calibration error in %: of 15 bins of confidence, equal in width.
+
+        Source: Guo et al., "On Calibration of Modern Neural Networks", 2017, equation 3.
+        """
+        confidence, guess = self.logits[:, 0].double().softmax(1).max(1)
+        correct = (guess == self.target).double()
+        bins = (confidence * BINS).ceil().long().clamp(1, BINS) - 1
+        gaps = torch.zeros(BINS, dtype=torch.float64).index_add(0, bins, correct - confidence)
+        return 100 * gaps.abs().sum().item() / len(self.target)
+
+    def agreement(self, other: Scores) -> float:
+        """Return the share of images, in %, that both models give the same class."""
+        same = self.logits[:, 0].argmax(1) == other.logits[:, 0].argmax(1)
+        return 100 * same.double().mean().item()
+
+
+def evaluate(
+    name: str,
+    source: ImageSource,
+    *,
+    teacher: str | None = None,
+    grid: int = 2,
+    image_size: int | None = None,
+    batch_size: int = 250,
+    workers: int = 0,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Measure a model on a dataset's test split.
+
+    Args:
+        name: timm name, hf-hub:ORG/NAME, local-dir:PATH or a run folder.
+        source: The dataset.
+        teacher: Such a name too, to compare with; it sees the same pixels in its own scale.
+        grid: Cells along each side of the feature map; 0 leaves the local rows out.
+        image_size: Side in pixels; None takes the model's.
+        batch_size: Images a forward pass.
+        workers: Processes that read images; 0 decodes them once into memory.
+        device: Where to run.
+
+    Raises:
+        DataError: If the dataset does not fit.
+        ModelError: If a model does not.
+    """
+    classes = len(source.label_names)
+    model = create_teacher(resolve_name(name), classes, device, role="model")
+    config = resolve_model_data_config(model)
+    size = image_size or config["input_size"][-1]
+    mean, std = config["mean"], config["std"]
+    transforms = Transforms(size, config["interpolation"], crop_pct=config["crop_pct"])
+    batches = eval_batches(
+        source.test,
+        transforms,
+        Normalize(mean, std, device),
+        batch_size=batch_size,
+        share=Share(),
+        workers=workers,
+        in_memory=not workers,
+    )
+    scores = predict(model, batches, grid)
+    result: dict[str, Any] = dict(
+        model=name,
+        dataset=source.name,
+        images=len(scores.target),
+        image_size=size,
+        top1=scores.top(1),
+        top5=scores.top(5),
+        local_top1=[scores.top(1, row) for row in range(1, scores.logits.shape[1])],
+        calibration_error=scores.calibration_error(),
+        parameters=sum(weight.numel() for weight in model.parameters()),
+        macs=count_macs(model, size, device),
+        images_per_second=len(scores.target) / scores.seconds,
+    )
+    if teacher:
+        reference = Teacher(create_teacher(resolve_name(teacher), classes, device), 1, mean, std)
+        theirs = predict(reference.classify, batches, 0)
+        result.update(
+            teacher=teacher, teacher_top1=theirs.top(1), agreement=scores.agreement(theirs)
+        )
+    return result
+
+
+@torch.no_grad()
+def predict(model: Any, batches: Any, grid: int) -> Scores:
+    """Run a model over a split; the clock counts its forward pass alone."""
+    logits, targets, seconds = [], [], 0.0
+    for images, target in batches:
+        _wait(images.device)
+        began = time.perf_counter()
+        output = model(images)
+        _wait(images.device)
+        seconds += time.perf_counter() - began
+        rows = global_local_logits(model, images, grid) if grid else output[:, None]
+        logits.append(rows.cpu())
+        targets.append(target.cpu())
+    return Scores(torch.cat(logits), torch.cat(targets), seconds)
+
+
+@torch.no_grad()
+def count_macs(model: Any, size: int, device: torch.device) -> int:
+    """Return the multiplications of an image's convolutions and matrix products."""
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 3, size, size, device=device))
+    return counter.get_total_flops() // 2
+
+
+def resolve_name(name: str) -> str:
+    """Return what timm loads: a run folder's `last/`, or the name itself."""
+    return f"local-dir:{name}/last" if (Path(name) / "last" / "config.json").is_file() else name
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return a result as lines of name and value for people."""
+    units = dict(
+        top1="%", top5="%", calibration_error="%", teacher_top1="%", agreement="%", image_size="px"
+    )
+    lines = []
+    for name, value in result.items():
+        if isinstance(value, list):
+            text = "  ".join(f"{item:.2f}" for item in value) + " %"
+        elif isinstance(value, float):
+            text = f"{value:.2f} {units.get(name, '')}"
+        else:
+            text = f"{value:,} {units.get(name, '')}" if isinstance(value, int) else value
+        lines.append(f"{name.replace('_', ' '):<18} {text.strip()}")
+    return "\n".join(lines)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def cli(arguments: list[str] | None = None) -> None:
+    """Run the command line; a mistake ends the program with one line that names it."""
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    model = "timm name, hf-hub:ORG/NAME, local-dir:PATH or run folder"
+    parser.add_argument("--model", type=str, required=True, help=model)
+    parser.add_argument("--teacher", type=str | None, help=f"compare with it: {model}")
+    parser.add_argument("--dataset", type=str, required=True, help="hub id or folder")
+    parser.add_argument("--split", type=str | None, help="null takes 'test', else 'validation'")
+    parser.add_argument("--image_column", type=str | None, help="null takes the first of images")
+    parser.add_argument("--label_column", type=str | None, help="null takes the first of classes")
+    parser.add_argument("--grid", type=int, default=2, help="cells a side; 0: no local rows")
+    parser.add_argument("--image_size", type=int | None, help="pixels a side; null: the model's")
+    parser.add_argument("--batch_size", type=int, default=250, help="images a forward pass")
+    parser.add_argument("--workers", type=int, default=0, help="processes that read; 0: in memory")
+    parser.add_argument("--json", type=str | None, help="file to write the result to")
+    options = parser.parse_args(arguments)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        source = ImageSource(
+            options.dataset,
+            train_split=options.split or "train",
+            test_split=options.split,
+            image_column=options.image_column,
+            label_column=options.label_column,
+        )
+        result = evaluate(
+            options.model,
+            source,
+            teacher=options.teacher,
+            grid=options.grid,
+            image_size=options.image_size,
+            batch_size=options.batch_size,
+            workers=options.workers,
+            device=device,
+        )
+        print(table(result))
+        if options.json:
+            write_text(Path(options.json), json.dumps(result, indent=2) + "\n")
+    except (DataError, DiskError, ModelError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    cli()
