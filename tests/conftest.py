@@ -11,12 +11,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, load_dataset
 
 import gld_zoo
 from distill import cli
+
+datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.2  # after each stream; 5 s by default
 
 CHECKOUT = Path(__file__).parent.parent
 BUNDLED = Path(gld_zoo.__file__).parent / "data" / "cifar100_mini"

@@ -105,11 +105,13 @@ def test_rows_held_out_are_balanced_and_the_rest_is_kept(source):
 def test_an_image_folder_of_mixed_sizes_and_modes_is_read(tmp_path, rows):
     modes = ["RGB", "L", "CMYK", "P", "RGBA", "1"]
     for split in ("train", "test"):
-        (tmp_path / split / "one").mkdir(parents=True)
+        for name in ("one", "two"):
+            (tmp_path / split / name).mkdir(parents=True)
         for i, mode in enumerate(modes):
             image = PILImage.open(io.BytesIO(rows[split]["img"][i]["bytes"])).convert("RGB")
             name = f"{i}.jpg" if mode == "CMYK" else f"{i}.png"
-            image.resize((40 + i, 60 - i)).convert(mode).save(tmp_path / split / "one" / name)
+            folder = tmp_path / split / ("one" if i % 2 else "two")
+            image.resize((40 + i, 60 - i)).convert(mode).save(folder / name)
     images, _ = collect(batches_of(ImageSource(str(tmp_path)), batch_size=6).epoch(0))
     assert images.shape == (1, 6, 3, 24, 24)
 

@@ -279,6 +279,7 @@ def _loader(
         persistent_workers=persistent and workers > 0,
         pin_memory=normalize.device.type == "cuda",
         collate_fn=_collate,
+        generator=torch.Generator(),  # else each epoch draws from the global one
         **batching,
     )
 
@@ -288,7 +289,7 @@ def _collate(samples: list[Sample | DataError]) -> Batch | DataError:
         if isinstance(sample, DataError):
             return sample
     images, labels = zip(*samples, strict=True)
-    return torch.stack(images).permute(0, 2, 3, 1), torch.tensor(labels)
+    return torch.stack(images).permute(0, 2, 3, 1).contiguous(), torch.tensor(labels)
 
 
 def _batches(loader: Iterable[Batch | DataError], normalize: Normalize) -> Iterator[Batch]:
