@@ -8,8 +8,9 @@ ours   what train/distill.py runs, on a batch that is there
 floor  student forward, backward and SGD with cross-entropy, and the teacher's forward: channels
        last, folded teacher, no other loss and no data
 
-Rounds take the variants in rotated order; ratios are medians over rounds. `--memory VARIANT` prints
-the peak memory of a process that runs this one alone.
+Rounds take the variants in rotated order; ratios are medians over rounds. Peak memory is that of a
+process that runs a variant alone. `--dataset` also trains an epoch with the trainer, data,
+augmentation and logging included and evaluation not, and gives its time over that of its steps.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,8 +33,15 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "train"))
 
+from accelerate import Accelerator
+
 import gld_zoo
+from gld_zoo.hub import save_pretrained
+from interruption import Interruption
 from models import Teacher
+from recipe import Recipe
+from run_folder import RunFolder
+from trainer import Trainer
 
 SETUPS = dict(
     a=("gld_resnet110", "gld_resnet20"),
@@ -122,6 +131,32 @@ def our_step(setup: str, batch: int, *, bf16: bool, loss: bool = True) -> Step:
     return step
 
 
+def epoch_ratio(setup: str, batch: int, *, bf16: bool, dataset: str) -> float:
+    """Return the seconds of the trainer's epoch over its steps times those of `our_step`."""
+    teacher, student = SETUPS[setup]
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(timm.create_model(teacher, num_classes=100), Path(folder, "teacher"))
+        threads = torch.get_num_threads()
+        recipe = Recipe(
+            student=student,
+            teacher=f"local-dir:{folder}/teacher",
+            dataset=dataset,
+            batch_size=batch,
+            epochs=1,
+            threads=threads,
+        )
+        accelerator = Accelerator(cpu=True, mixed_precision="bf16" if bf16 else "no")
+        run = RunFolder(Path(folder, "run"), recipe, resume=False)
+        trainer = Trainer(recipe, run, accelerator)
+        step = dict(ours=our_step(setup, batch, bf16=bf16))
+        times = interleave(step, rounds=30)["ours"]
+        with Interruption(accelerator, max_minutes=None, checkpoint_minutes=1e9) as interruption:
+            trainer.train_one_epoch(0, interruption)
+        times += interleave(step, rounds=30)["ours"]  # machines get faster and slower
+        steps = trainer.totals.steps
+    return round(trainer.totals.seconds / (steps * statistics.mean(times) / 1000), 3)
+
+
 def variants(setup: str, batch: int, bf16: bool) -> dict[str, Callable[[], Step]]:
     """Return what builds each variant's step."""
     built = dict(
@@ -163,6 +198,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15, help="of timing")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
     parser.add_argument("--bf16", action="store_true", help="also under bfloat16 autocast")
+    parser.add_argument("--dataset", help="train an epoch of it too: hub id or folder")
     parser.add_argument("--no_memory", action="store_true", help="time alone")
     parser.add_argument("--out", type=Path, help="JSON of the result")
     parser.add_argument("--memory", help=argparse.SUPPRESS)
@@ -183,6 +219,11 @@ def main() -> None:
     if options.bf16:
         result["naive / ours bf16"] = ratio(times, "naive", "ours bf16")
         result["ours bf16 / floor bf16"] = ratio(times, "ours bf16", "floor bf16")
+    if options.dataset:
+        for bf16 in {False, options.bf16}:
+            result["epoch / its steps" + (" bf16" if bf16 else "")] = epoch_ratio(
+                options.setup, options.batch, bf16=bf16, dataset=options.dataset
+            )
     if not options.no_memory:
         command = [sys.executable, __file__, "--setup", options.setup, "--memory"]
         result["peak MB"] = {

@@ -9,11 +9,14 @@ import timm
 import torch
 from accelerate import Accelerator
 
+import linear_probe
 from recipe import Recipe, parse_command
 from run_folder import RunFolder
 from trainer import Trainer
 
-RECIPES = sorted((Path(__file__).parent.parent / "train" / "recipes").glob("*.yaml"))
+FOLDER = Path(__file__).parent.parent / "train" / "recipes"
+PROBES = sorted(FOLDER.glob("linear_*.yaml"))
+RECIPES = sorted(set(FOLDER.glob("*.yaml")) - set(PROBES))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -24,6 +27,14 @@ def test_every_recipe_parses_and_names_its_command_and_known_models(path):
     assert timm.is_model(recipe.student)
     if recipe.teacher:
         assert timm.is_model(architecture(recipe.teacher)), recipe.teacher
+
+
+@pytest.mark.parametrize("path", PROBES, ids=lambda path: path.stem)
+def test_every_linear_recipe_names_its_command_and_runs(path, teacher_run, tiny_dataset, capsys):
+    assert f"train/linear_probe.py --config train/recipes/{path.name}" in path.read_text()
+    options = ["--config", path, "--model", teacher_run, "--dataset", tiny_dataset]
+    linear_probe.cli([str(option) for option in options])
+    assert "train images       64" in capsys.readouterr().out
 
 
 def architecture(teacher):

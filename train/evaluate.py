@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 from timm.data import resolve_model_data_config
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -177,16 +177,33 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def add_source_options(parser: ArgumentParser) -> None:
+    """Give a parser the options that name a dataset, its splits and columns."""
+    parser.add_argument("--dataset", type=str, required=True, help="hub id or folder")
+    parser.add_argument("--train_split", type=str, default="train", help="split of training images")
+    parser.add_argument("--test_split", type=str | None, help="null: 'test', else 'validation'")
+    parser.add_argument("--image_column", type=str | None, help="null takes the first of images")
+    parser.add_argument("--label_column", type=str | None, help="null takes the first of classes")
+
+
+def open_source(options: Namespace) -> ImageSource:
+    """Find the dataset that `add_source_options`' options name."""
+    return ImageSource(
+        options.dataset,
+        train_split=options.train_split,
+        test_split=options.test_split,
+        image_column=options.image_column,
+        label_column=options.label_column,
+    )
+
+
 def cli(arguments: list[str] | None = None) -> None:
     """Run the command line; a mistake ends the program with one line that names it."""
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     model = "timm name, hf-hub:ORG/NAME, local-dir:PATH or run folder"
     parser.add_argument("--model", type=str, required=True, help=model)
     parser.add_argument("--teacher", type=str | None, help=f"compare with it: {model}")
-    parser.add_argument("--dataset", type=str, required=True, help="hub id or folder")
-    parser.add_argument("--split", type=str | None, help="null takes 'test', else 'validation'")
-    parser.add_argument("--image_column", type=str | None, help="null takes the first of images")
-    parser.add_argument("--label_column", type=str | None, help="null takes the first of classes")
+    add_source_options(parser)
     parser.add_argument("--grid", type=int, default=2, help="cells a side; 0: no local rows")
     parser.add_argument("--image_size", type=int | None, help="pixels a side; null: the model's")
     parser.add_argument("--batch_size", type=int, default=250, help="images a forward pass")
@@ -195,16 +212,9 @@ def cli(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        source = ImageSource(
-            options.dataset,
-            train_split=options.split or "train",
-            test_split=options.split,
-            image_column=options.image_column,
-            label_column=options.label_column,
-        )
         result = evaluate(
             options.model,
-            source,
+            open_source(options),
             teacher=options.teacher,
             grid=options.grid,
             image_size=options.image_size,

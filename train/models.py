@@ -49,10 +49,24 @@ def set_training_mode(student: nn.Module, finetune: str | None) -> None:
         student.train()
 
 
+def create_frozen(name: str, device: torch.device, *, role: str = "model") -> nn.Module:
+    """Build a pretrained model in eval mode, frozen, in channels-last layout.
+
+    Args:
+        name: timm's.
+        device: Where it runs.
+        role: What errors call it.
+
+    Raises:
+        ModelError: If timm does not know the name or it has no weights.
+    """
+    return _create(role, name, device, pretrained=True).eval().requires_grad_(False)
+
+
 def create_teacher(
     name: str, num_classes: int, device: torch.device, *, role: str = "teacher"
 ) -> nn.Module:
-    """Build a pretrained teacher in eval mode, frozen, in channels-last layout.
+    """Build a frozen model, as `create_frozen` does, that has a dataset's classes.
 
     Args:
         name: timm's.
@@ -63,16 +77,16 @@ def create_teacher(
     Raises:
         ModelError: If timm does not know the name, it has no weights or not the dataset's classes.
     """
-    teacher = _create(role, name, device, pretrained=True)
+    teacher = create_frozen(name, device, role=role)
     if teacher.num_classes != num_classes:
         raise ModelError(
             f"{role} {name!r} has {teacher.num_classes} classes and the dataset {num_classes}; "
             "use one trained on this dataset (teacher: null trains one, local-dir:RUN/last is it)"
         )
-    return teacher.eval().requires_grad_(False)
+    return teacher
 
 
-def _create(role: str, name: str, device: torch.device, **kwargs: Any) -> nn.Module:
+def _create(role: str, name: str, device: torch.device, **kwargs: Any) -> Any:
     try:
         model = timm.create_model(name, **kwargs)
     except (RuntimeError, ValueError, OSError, HfHubHTTPError) as error:
