@@ -227,16 +227,12 @@ class _StreamedImages(IterableDataset):
         self, rows: Rows, transform: v2.Compose, seed: int, share: Share, *, buffer: int = 0
     ) -> None:
         self.rows, self.transform, self.seed, self.share = rows, transform, seed, share
-        self.endless = buffer > 0
-        table = rows.table
-        if buffer:
-            table = table.shuffle(seed=derive_seed(seed), buffer_size=buffer)
-        self.table = split_dataset_by_node(table, share.rank, share.world_size)
+        self.buffer = buffer
         self.epoch = self.skip = 0
 
     def useful(self, workers: int) -> int:
         """Return how many of the workers would get a shard to read."""
-        return min(workers, self.table.num_shards)
+        return min(workers, self._own(self.rows.table).num_shards)
 
     def __iter__(self) -> Iterator[Sample | DataError]:
         worker = get_worker_info()
@@ -246,12 +242,16 @@ class _StreamedImages(IterableDataset):
                 yield self._sample(item, (self.epoch, self.share.rank, number, count))
 
     def _items(self) -> Iterator[dict[str, Any]]:
-        if not self.endless:
-            yield from self.table
+        if not self.buffer:
+            yield from self._own(self.rows.table)
             return
         for again in itertools.count():
-            self.table.set_epoch(self.epoch + (again << 16))
-            yield from self.table
+            # not by set_epoch: workers share that number, and one may start over before another
+            seed = derive_seed(self.seed, self.epoch, again)
+            yield from self._own(self.rows.table.shuffle(seed=seed, buffer_size=self.buffer))
+
+    def _own(self, table: Any) -> Any:
+        return split_dataset_by_node(table, self.share.rank, self.share.world_size)
 
     def _sample(self, item: dict[str, Any], key: tuple[int, ...]) -> Sample | DataError:
         label, row = item[self.rows.label_column], key[-1]
