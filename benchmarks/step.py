@@ -17,12 +17,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,6 +32,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "train"))
 
 from accelerate import Accelerator
+from measuring import interleave, peak_memory, ratio
 
 import gld_zoo
 from gld_zoo.hub import save_pretrained
@@ -170,26 +169,6 @@ def variants(setup: str, batch: int, bf16: bool) -> dict[str, Callable[[], Step]
     return built
 
 
-def interleave(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
-    """Time each step once a round, in rotated order, after two of warming up; milliseconds."""
-    names = list(steps)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for count in range(rounds + 2):
-        for name in names:
-            began = time.perf_counter()
-            steps[name]()
-            if count >= 2:
-                times[name].append(1000 * (time.perf_counter() - began))
-        names = names[1:] + names[:1]
-    return times
-
-
-def ratio(times: dict[str, list[float]], above: str, below: str) -> float:
-    """Return the median over rounds of one variant's time over another's."""
-    pairs = zip(times[above], times[below], strict=True)
-    return round(statistics.median(a / b for a, b in pairs), 3)
-
-
 def main() -> None:
     """Measure one setup."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -209,9 +188,9 @@ def main() -> None:
         step = built[options.memory]()
         for _ in range(3):
             step()
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        print(peak_memory())
         return
-    times = interleave({name: build() for name, build in built.items()}, options.rounds)
+    times = interleave({name: build() for name, build in built.items()}, rounds=options.rounds)
     result: dict = dict(setup=options.setup, batch=options.batch, threads=options.threads)
     result["ms"] = {name: round(statistics.median(ms), 1) for name, ms in times.items()}
     result["naive / ours"] = ratio(times, "naive", "ours")
