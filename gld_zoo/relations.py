@@ -103,15 +103,28 @@ def _centre(
     underflow.
     """
     info = torch.finfo(dtype)
-    logits = logits.to(wide)
-    centred = logits - _sum(logits.sum(0), world_size) / (len(logits) * world_size)
-    extremes = torch.stack([centred.abs().amax(), logits.abs().amax()])
+    mean = _sum(logits.sum(0, dtype=wide), world_size) / (len(logits) * world_size)
+    centred = logits.to(wide) - mean
+    extremes = torch.stack([_largest(centred), _largest(logits).to(wide)])
     if world_size > 1:
         dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
     spread, size = extremes.unbind()
     flat = spread <= 16 * info.eps * size + info.tiny**0.5
     scale = torch.where(flat, 1.0, spread)
-    return torch.where(flat, 0.0, centred / scale), scale, flat
+    return centred.mul_(torch.where(flat, 0.0, 1 / scale)), scale, flat
+
+
+def _largest(x: torch.Tensor) -> torch.Tensor:
+    """Return the largest absolute value."""
+    low, high = x.aminmax()
+    return torch.maximum(high, -low)
+
+
+def _row_dots(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Return the inner products of rows `[n]`, a block that stays in the cache at a time."""
+    step = max(1, _BLOCK_ENTRIES // x.shape[1])
+    parts = zip(x.split(step), y.split(step), strict=True)
+    return torch.cat([(rows * others).sum(1) for rows, others in parts])
 
 
 def _linear(
@@ -141,7 +154,7 @@ def _linear(
     # of -2/N² sum_r cos_r, through <D(t)_r, D(s)_r> and through |D(s)_r|², which holds s twice
     by_mixed = torch.where(either, 0.0, -2 / rows**2 / norms)
     by_student = torch.where(either, 0.0, 2 / rows**2 * cosine / student_sq)
-    return value, ts.gradient(by_mixed) + ss.gradient(by_student)
+    return value, ts.gradient(by_mixed).add_(ss.gradient(by_student))
 
 
 class _Pair:
@@ -153,7 +166,7 @@ class _Pair:
 
     def __init__(self, x: torch.Tensor, y: torch.Tensor, world_size: int) -> None:
         self.x, self.y = x, y
-        self.a, self.b = x.square().sum(1), y.square().sum(1)
+        self.a, self.b = _row_dots(x, x), _row_dots(y, y)
         self.world_size = world_size
         scalars = torch.stack([self.a.sum(), self.b.sum(), self.a @ self.b])
         self.scalars, self.xb, self.ya, moment = self._reduce(
@@ -172,20 +185,19 @@ class _Pair:
             + sum_ab
             - 2 * (self.x @ self.xb)
             - 2 * (self.y @ self.ya)
-            + 4 * (self.x_moment * self.y).sum(1)
+            + 4 * _row_dots(self.x_moment, self.y)
         )
 
     def gradient(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return the gradient `[n, K]` of `sum_r weight_r p_r` with respect to y alone."""
+        """Return the gradient `[n, K]` of `sum_r weight_r p_r` with respect to y alone, once."""
         x, y, a = self.x, self.y, self.a
-        weighted = weight[:, None] * y
         scalars = torch.stack([weight.sum(), weight @ a])
         (total, total_a), wx, wy, way, moment = self._reduce(
-            scalars, weight @ x, weight @ y, (weight * a) @ y, x.T @ weighted
+            scalars, weight @ x, weight @ y, (weight * a) @ y, x.T @ (weight[:, None] * y)
         )
         rows = len(x) * self.world_size
         by_b = weight * (rows * a + self.scalars[0]) + total_a + total * a - 2 * (x @ wx)
-        gradient = torch.addmm(self.x_moment * weight[:, None], x, moment).mul_(4)
+        gradient = self.x_moment.mul_(weight[:, None]).addmm_(x, moment).mul_(4)  # its last use
         gradient.addcmul_(by_b[:, None], y, value=2)
         gradient.addr_(weight, self.ya, alpha=-2).addr_(a, wy, alpha=-2)
         return gradient.sub_(way, alpha=2)  # through the sum of y, which is 0 and moves with it
