@@ -40,6 +40,8 @@ from run_folder import RunError, RunFolder
 from sync_batch_norm import synchronise_batch_norm
 from totals import Totals
 
+BAR = "{desc} {percentage:3.0f}%|{bar:10}| {n}/{total} {elapsed}<{remaining}{postfix}"
+
 
 class Trainer:
     """One training loop for students, teachers and baselines.
@@ -221,7 +223,7 @@ class Trainer:
             desc=f"epoch {epoch + 1}/{recipe.epochs}",
             initial=start,
             total=len(self.data.train),
-            unit="step",
+            bar_format=BAR,
             leave=False,
             # None hides it where nobody watches
             disable=None if self.accelerator.is_local_main_process else True,
@@ -234,7 +236,7 @@ class Trainer:
             self.totals.add(terms, logits, target)
             if step % CHECK_EVERY == 0 or step == len(self.data.train):
                 self.totals.check(step, epoch)
-                bar.set_postfix(self.postfix(epoch), refresh=False)
+                bar.set_postfix_str(self.postfix(epoch), refresh=False)
             if step < len(self.data.train):
                 self._interrupt(epoch, step, interruption)
         self.totals.stop()
@@ -279,21 +281,17 @@ class Trainer:
                 f"{epoch + 1}"
             )
 
-    def postfix(self, epoch: int) -> dict[str, str]:
+    def postfix(self, epoch: int) -> str:
         """Return what the progress bar shows of the epoch so far."""
         means = self.totals.means()
-        terms = {
-            name.removeprefix("loss_"): f"{value:.3f}"
+        terms = " ".join(
+            f"{name.removeprefix('loss_')} {value:.3f}"
             for name, value in means.items()
             if name.startswith("loss")
-        }
+        )
         rate = self.totals.per_second() * self.recipe.batch_size
-        return {
-            "top1": f"{means['train_top1']:.1f}",
-            **terms,
-            "lr": f"{self.recipe.lr_at(epoch):g}",
-            "images/s": f"{rate:.0f}",
-        }
+        top1, lr = means["train_top1"], self.recipe.lr_at(epoch)
+        return f"top-1 {top1:.1f} {rate:.0f} images/s lr {lr:g} {terms}"  # a narrow window cuts its end
 
     def measure(self, batches: EvalBatches) -> dict[str, float]:
         """Return the student's loss, top-1 and top-5."""
