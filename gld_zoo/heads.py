@@ -81,7 +81,12 @@ def global_local_logits(model: nn.Module, images: torch.Tensor, grid: int = 2) -
 
 
 def _head_rows(model: Any, features: torch.Tensor, grid: int) -> torch.Tensor:
-    cells = F.adaptive_avg_pool2d(features, grid).flatten(2)  # [B, D, L]
+    height, width = features.shape[2:]
+    if height % grid or width % grid:
+        cells = F.adaptive_avg_pool2d(features, grid)
+    else:  # the same, with a gradient that repeats to the bit on a GPU
+        cells = F.avg_pool2d(features, (height // grid, width // grid))
+    cells = cells.flatten(2)  # [B, D, L]
     pooled = torch.cat([features.mean((2, 3)).unsqueeze(2), cells], dim=2)  # [B, D, 1+L]
     rows = pooled.transpose(1, 2).flatten(0, 1)  # [B(1+L), D]
     logits = model.forward_head(rows[:, :, None, None])

@@ -300,9 +300,13 @@ def _gather(rows: torch.Tensor, world_size: int) -> torch.Tensor:
 def _check_equal_rows(student: torch.Tensor) -> None:
     counts = torch.tensor([student.shape[0], -student.shape[0]], device=student.device)
     dist.all_reduce(counts, op=dist.ReduceOp.MAX)
+    remedy = (
+        "the relation over the global batch needs as many rows of logits on every process; drop "
+        "the incomplete last batch"
+    )
+    if student.device.type == "cuda":  # without waiting for the device
+        torch._assert_async(counts.sum() == 0, remedy)
+        return
     largest, smallest = counts[0].item(), -counts[1].item()
     if largest != smallest:
-        raise ValueError(
-            f"processes hold from {smallest} to {largest} rows of logits; the relation over the "
-            "global batch needs the same number on each: drop the incomplete last batch"
-        )
+        raise ValueError(f"processes hold from {smallest} to {largest} rows; {remedy}")

@@ -291,7 +291,8 @@ class Trainer:
         )
         rate = self.totals.per_second() * self.recipe.batch_size
         top1, lr = means["train_top1"], self.recipe.lr_at(epoch)
-        return f"top-1 {top1:.1f} {rate:.0f} images/s lr {lr:g} {terms}"  # a narrow window cuts its end
+        # a narrow window cuts the end
+        return f"top-1 {top1:.1f} {rate:.0f} images/s lr {lr:g} {terms}"
 
     def measure(self, batches: EvalBatches) -> dict[str, float]:
         """Return the student's loss, top-1 and top-5."""
