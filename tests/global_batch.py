@@ -1,9 +1,10 @@
-"""Train 20 steps in float64 and write losses and the last gradient: one process or several.
+"""Train 20 steps and write losses and the last gradient: one process or several, in float64.
 
     torchrun --nproc_per_node 2 tests/global_batch.py DATASET TEACHER OUT MODE...
 
-A mode is `eval` (batch norm in eval mode), `sync` (synchronised), or `local` (as `eval`, but with
-the relation of each process's own batch: another result, on purpose).
+A mode is `eval` (batch norm in eval mode), `sync` (synchronised), `float32` (as `sync`, but in
+float32), or `local` (as `eval`, but with the relation of each process's own batch: another result,
+on purpose).
 """
 
 import sys
@@ -20,10 +21,10 @@ from trainer import Trainer
 
 
 def main(dataset, teacher, out, *modes):
-    torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
     accelerator = Accelerator(cpu=True)
     for mode in modes:
+        torch.set_default_dtype(torch.float32 if mode == "float32" else torch.float64)
         train(accelerator, dataset, teacher, f"{out}-{mode}", mode)
     accelerator.end_training()
 
@@ -36,12 +37,12 @@ def train(accelerator, dataset, teacher, out, mode):
         batch_size=16,
         image_size=16,  # float64 convolutions are slow
         lr=0.01,
-        sync_batch_norm=mode == "sync",
+        sync_batch_norm=mode in ("sync", "float32"),
     )
     trainer = Trainer(recipe, RunFolder(Path(out), recipe, resume=False), accelerator)
     trainer.criterion.global_batch = mode != "local"
     trainer.network.train()
-    if mode != "sync":
+    if not recipe.sync_batch_norm:
         for module in trainer.student.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.eval()

@@ -120,9 +120,9 @@ def test_unequal_row_counts_are_refused(results):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, tiny_dataset, teacher_run):
-    """Losses and gradients of 20 steps in float64, by mode and number of processes."""
+    """Losses and gradients of 20 steps, by mode and number of processes."""
     folder = tmp_path_factory.mktemp("global")
-    modes = {1: ["eval", "sync"], 2: ["eval", "sync", "local"]}
+    modes = {1: ["eval", "sync", "float32"], 2: ["eval", "sync", "float32", "local"]}
     results = {}
     for processes, names in modes.items():
         # `accelerate launch` starts one process on a CPU whatever it is told
@@ -152,6 +152,13 @@ def deviation(first, second):
 def test_two_processes_take_the_steps_of_one(trained, mode):
     # float64 sums in another order over 20 steps: measured 1e-13 to 1e-11
     assert deviation(trained[mode, 1], trained[mode, 2]) < 1e-7
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_first_step_of_one_in_float32(trained):
+    first, second = (trained["float32", count]["losses"][0] for count in (1, 2))
+    assert first.dtype == torch.float32
+    torch.testing.assert_close(second, first, rtol=1e-5, atol=0)
 
 
 @pytest.mark.slow
