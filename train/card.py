@@ -25,14 +25,15 @@ def setups_table(results: dict[str, Any]) -> list[str]:
         "| setup | teacher → student | epochs (paper) | teacher | student alone | student, GLD |",
         "|---|---|---|---|---|---|",
     ]
+    trained = results["weights"] | results["runs"]
     for setup, row in results["setups"].items():
-        entries = [results["weights"].get(row[role]["weights"]) for role in ROLES]
+        entries = [trained.get(row[role]["weights"]) for role in ROLES]
         if not any(entries):
             continue
         pair = f"{row['teacher']['model']} → {row['gld']['model']}"
         epochs = ", ".join(str(entry["epochs"]) if entry else "-" for entry in entries)
         scores = [
-            f"{score(entry)} ({row[role]['paper_top1']:.2f})"
+            f"{score(entry)} ({paper_score(row[role])})"
             for role, entry in zip(ROLES, entries, strict=True)
         ]
         cells = [setup, pair, f"{epochs} ({row['paper_epochs']})", *scores]
@@ -41,18 +42,18 @@ def setups_table(results: dict[str, Any]) -> list[str]:
 
 
 def weights_table(results: dict[str, Any]) -> list[str]:
-    """Return one line a set of weights: what it is, how it was trained, last and best epoch."""
+    """Return one line a row of runs: what it is, how it was trained, last and best epoch."""
     lines = [
         "| weights | parameters | top-1 | top-5 | recipe, changes | seeds | on | hours | best |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for name, entry in results["weights"].items():
+    for name, entry in (results["weights"] | results["runs"]).items():
         changes = ", ".join(f"{key} {value}" for key, value in entry["changes"].items()) or "none"
         best = "; ".join(
             f"{run['best_epoch_top1']:.2f} at {run['best_epoch']}" for run in entry["runs"]
         )
         cells = [
-            f"`{name}`",
+            f"`{name}`" if entry["file"] else f"(`{name}`)",
             f"{entry['parameters']:,}",
             score(entry),
             score(entry, "top5"),
@@ -64,6 +65,11 @@ def weights_table(results: dict[str, Any]) -> list[str]:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def paper_score(role: dict[str, Any]) -> str:
+    """Return the paper's top-1, if it has that row."""
+    return "-" if role["paper_top1"] is None else f"{role['paper_top1']:.2f}"
 
 
 def score(entry: dict[str, Any] | None, key: str = "top1") -> str:

@@ -1,9 +1,10 @@
-r"""Put a finished run's student into the package: weights, logits, log, entry in results.json.
+r"""Record finished runs in results.json; with --ship, take the first weights into the package.
 
-    python train/release.py runs/X --name gld_wrn16_1.wrn16_2_cifar100 \
+    python train/release.py runs/X runs/X-seed1 --name gld_wrn16_1.wrn16_2_cifar100 --ship \
         --recipe cifar100_wrn16_2_wrn16_1 --setup b --role gld --test_set uoft-cs/cifar100
 
-Then register the tag in the model's file, and run `python train/card.py`.
+Several runs are the seeds of one row. Then register a shipped tag in the model's file and run
+`python train/card.py`.
 """
 
 from __future__ import annotations
@@ -18,54 +19,73 @@ from typing import Any, Literal
 import timm
 import torch
 from jsonargparse import ArgumentParser
+from safetensors.torch import load_file, save_file
 from timm.task import ClassificationEvaluator
 
 import gld_zoo  # noqa: F401  registers the models
 from batches import Normalize, Share, Transforms
 from loaders import eval_batches
+from models import resolve_data_config
 from recipe import Recipe
 from sources import CHECKOUT, ImageSource
 from tensor_path import decode
 
 PACKAGE = CHECKOUT / "gld_zoo"
 RESULTS = PACKAGE / "results.json"
-NOT_COMPARED = {"dataset", "teacher", "seed", "eval_batch_size", "keep_checkpoints", "compile"}
+COMPONENTS = ("global", "local", "relation")
+ROLES = ("teacher", "alone", "gld", *(f"ablation_{name}" for name in ("alone", *COMPONENTS, "all")))
+NOT_COMPARED = {"dataset", "teacher", "seed", "compile"}  # told elsewhere, or no change of result
 
 
-def release(run: Path, name: str, recipe_name: str, test_set: str) -> dict[str, Any]:
-    """Copy a finished run's weights and log into the package; return their entry for results.json.
+def release(
+    runs: list[Path],
+    name: str,
+    recipe_name: str,
+    test_set: str,
+    *,
+    ship: bool = True,
+    float16: bool = False,
+) -> dict[str, Any]:
+    """Copy finished runs' log, and weights to ship, into the package; return the row's entry.
 
     Args:
-        run: Finished run folder.
+        runs: Finished run folders that differ in their seed; the first one's file is taken.
         name: Architecture and tag of the weights.
-        recipe_name: Stem of the recipe that the run follows.
-        test_set: Dataset on whose test split the copied file is measured, in float32.
+        recipe_name: Stem of the recipe that the runs follow.
+        test_set: Dataset on whose test split the file is measured, in float32.
+        ship: Take the weights into the package; otherwise only their log and hash.
+        float16: Ship tensors of two or more dimensions in float16.
 
     Raises:
-        ValueError: If the run is not finished, its student is not the named architecture, or the
-            copied file does not score what the run's log says.
+        ValueError: If a run is not finished, its student is not the named architecture, runs differ
+            in more than their seed, or the file does not score what the run's log says.
     """
-    if not (run / "summary.json").is_file():
-        raise ValueError(f"{run} holds no finished run")
-    recipe = Recipe.load(run / "recipe.yaml")
-    architecture = name.split(".")[0]
-    if recipe.student != architecture:
-        raise ValueError(f"{run} trained {recipe.student}, not {architecture}")
-    weights = PACKAGE / "weights" / f"{name}.safetensors"
-    weights.parent.mkdir(exist_ok=True)
-    shutil.copyfile(run / "last" / "model.safetensors", weights)
-    shutil.copyfile(run / "metrics.jsonl", weights.with_name(f"{name}.metrics.jsonl"))
-    overlay = dict(file=str(weights))
-    model = timm.create_model(architecture, pretrained=True, pretrained_cfg_overlay=overlay).eval()
-    logits = json.dumps(stored_logits(model)) + "\n"
-    weights.with_name(f"{name}.logits.json").write_text(logits, encoding="utf-8")
-    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-    environment = json.loads((run / "env.json").read_text(encoding="utf-8"))
-    scores, images = measure(model, test_set)
-    if abs(scores["top1"] - summary["top1"]) > 0.01:
+    recipes = [_load(run, name.split(".")[0]) for run in runs]
+    recipe, run = recipes[0], runs[0]
+    for other, path in zip(recipes, runs, strict=True):
+        different = dataclasses.replace(other, seed=recipe.seed).differences(recipe)
+        if different:
+            raise ValueError(f"{path} is a run of another recipe: {'; '.join(different)}")
+    file = run / "last" / "model.safetensors"
+    log = PACKAGE / "weights" / f"{name}.metrics.jsonl"
+    shutil.copyfile(run / "metrics.jsonl", log)
+    if ship:
+        file = _copy(file, log.with_name(f"{name}.safetensors"), float16=float16)
+    overlay = dict(file=str(file), num_classes=_classes(run))
+    model = timm.create_model(recipe.student, pretrained=True, pretrained_cfg_overlay=overlay)
+    config = resolve_data_config(model.eval(), recipe.image_size, recipe.crop_pct)
+    summaries = [json.loads((path / "summary.json").read_text(encoding="utf-8")) for path in runs]
+    scores, images = measure(model, config, test_set)
+    if abs(scores["top1"] - summaries[0]["top1"]) > (0.05 if float16 else 0.01):
         raise ValueError(
-            f"{name} scores {scores['top1']:.2f} %, its log says {summary['top1']:.2f}"
+            f"{name} scores {scores['top1']:.2f} %, its log says {summaries[0]['top1']:.2f}"
         )
+    summaries[0].update(scores)  # those of the very file
+    if ship:
+        logits = json.dumps(stored_logits(model, config)) + "\n"
+        log.with_name(f"{name}.logits.json").write_text(logits, encoding="utf-8")
+    environments = [json.loads((path / "env.json").read_text(encoding="utf-8")) for path in runs]
+    environment = environments[0]
     published = Recipe.load(CHECKOUT / "train" / "recipes" / f"{recipe_name}.yaml")
     return dict(
         teacher=published.teacher,
@@ -79,28 +99,52 @@ def release(run: Path, name: str, recipe_name: str, test_set: str) -> dict[str, 
         hardware=f"{environment['device']}, {environment['processor']}",
         versions=environment["versions"],
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        file=weights.name,
-        sha256=hashlib.sha256(weights.read_bytes()).hexdigest(),
+        file=file.name if ship else None,
+        sha256=hashlib.sha256(file.read_bytes()).hexdigest(),
         runs=[
             dict(
-                seed=recipe.seed,
-                top1=scores["top1"],
-                top5=scores["top5"],
+                seed=each.seed,
+                top1=summary["top1"],
+                top5=summary["top5"],
                 best_epoch=summary["best_epoch"],
                 best_epoch_top1=summary["best_epoch_top1"],
                 hours=round(summary["seconds"] / 3600, 2),
                 commit=environment["commit"],
             )
+            for each, summary, environment in zip(recipes, summaries, environments, strict=True)
         ],
     )
 
 
+def _load(run: Path, architecture: str) -> Recipe:
+    if not (run / "summary.json").is_file():
+        raise ValueError(f"{run} holds no finished run")
+    recipe = Recipe.load(run / "recipe.yaml")
+    if recipe.student != architecture:
+        raise ValueError(f"{run} trained {recipe.student}, not {architecture}")
+    return recipe
+
+
+def _classes(run: Path) -> int:
+    return json.loads((run / "last" / "config.json").read_text(encoding="utf-8"))["num_classes"]
+
+
+def _copy(source: Path, target: Path, *, float16: bool) -> Path:
+    tensors = load_file(source)
+    if float16:
+        tensors = {
+            name: tensor.half() if tensor.ndim >= 2 else tensor for name, tensor in tensors.items()
+        }
+    save_file(tensors, target, metadata={"format": "pt"})
+    return target
+
+
 @torch.no_grad()
-def measure(model: Any, test_set: str) -> tuple[dict[str, float], int]:
+def measure(model: Any, config: dict[str, Any], test_set: str) -> tuple[dict[str, float], int]:
     """Return top-1 and top-5 on a dataset's test split, and its number of images."""
-    cfg = model.pretrained_cfg
-    transforms = Transforms(cfg["input_size"][-1], cfg["interpolation"], crop_pct=cfg["crop_pct"])
-    normalize = Normalize(cfg["mean"], cfg["std"], torch.device("cpu"))
+    size = config["input_size"][-1]
+    transforms = Transforms(size, config["interpolation"], crop_pct=config["crop_pct"])
+    normalize = Normalize(config["mean"], config["std"], torch.device("cpu"))
     rows = ImageSource(test_set).test
     test = eval_batches(rows, transforms, normalize, batch_size=500, share=Share())
     evaluator = ClassificationEvaluator()
@@ -110,46 +154,62 @@ def measure(model: Any, test_set: str) -> tuple[dict[str, float], int]:
 
 
 @torch.no_grad()
-def stored_logits(model: Any) -> dict[str, Any]:
+def stored_logits(model: Any, config: dict[str, Any]) -> dict[str, Any]:
     """Return two bundled images uint8 `[2, H, W, 3]` and the logits `[2, K]` they must give."""
-    cfg = model.pretrained_cfg
     rows = ImageSource(str(PACKAGE / "data" / "cifar100_mini")).test
-    pixels = decode(rows, Transforms(cfg["input_size"][-1]).fit(), cfg["input_size"][-1]).images[:2]
-    logits = model(Normalize(cfg["mean"], cfg["std"], pixels.device)(pixels))
+    size = config["input_size"][-1]
+    pixels = decode(rows, Transforms(size).fit(), size).images[:2]
+    logits = model(Normalize(config["mean"], config["std"], pixels.device)(pixels))
     rounded = [[round(value, 5) for value in row] for row in logits.tolist()]
     return dict(images=pixels.tolist(), logits=rounded)
 
 
 def changes(used: Recipe, published: Recipe) -> dict[str, Any]:
     """Return the options that decide a result and that a run changed from the recipe it names."""
-    before, after = dataclasses.asdict(published), dataclasses.asdict(used)
+    names = [
+        field.name
+        for field in dataclasses.fields(Recipe)
+        if field.metadata["decides"] and field.name not in NOT_COMPARED
+    ]
     return {
-        name: after[name]
-        for name in after
-        if name not in NOT_COMPARED and after[name] != before[name]
+        name: getattr(used, name)
+        for name in names
+        if getattr(used, name) != getattr(published, name)
     }
 
 
 def main() -> None:
     """Release one run."""
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path, help="finished run folder")
+    parser.add_argument("runs", type=Path, nargs="+", help="finished run folders, one a seed")
     parser.add_argument("--name", type=str, required=True, help="architecture.tag of the weights")
-    parser.add_argument("--recipe", type=str, required=True, help="stem of the recipe it follows")
+    parser.add_argument("--recipe", type=str, required=True, help="stem of the recipe they follow")
     parser.add_argument(
         "--test_set", type=str, required=True, help="dataset to measure the file on"
     )
-    parser.add_argument("--setup", type=str, required=True, help="row of the paper in results.json")
+    parser.add_argument("--setup", type=str, required=True, help="row of results.json")
+    parser.add_argument("--role", type=Literal[ROLES], required=True, help="there")
+    parser.add_argument("--ship", action="store_true", help="take the weights into the package")
     parser.add_argument(
-        "--role", type=Literal["teacher", "alone", "gld"], required=True, help="there"
+        "--float16", action="store_true", help="ship tensors of two or more dimensions in float16"
     )
     options = parser.parse_args()
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
-    entry = release(options.run, options.name, options.recipe, options.test_set)
-    results["weights"][options.name] = entry
-    results["setups"][options.setup][options.role]["weights"] = options.name
+    entry = release(
+        options.runs,
+        options.name,
+        options.recipe,
+        options.test_set,
+        ship=options.ship,
+        float16=options.float16,
+    )
+    results["weights" if options.ship else "runs"][options.name] = entry
+    row = results["setups"][options.setup]
+    row.setdefault(options.role, dict(model=options.name.split(".")[0], paper_top1=None))
+    row[options.role]["weights"] = options.name
     RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    print(f"{options.name}: top-1 {entry['runs'][0]['top1']:.2f} %, {entry['file']}")
+    scores = ", ".join(f"{run['top1']:.2f}" for run in entry["runs"])
+    print(f"{options.name}: top-1 {scores} %, {entry['file'] or 'not shipped'}")
 
 
 if __name__ == "__main__":

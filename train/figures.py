@@ -1,0 +1,190 @@
+"""Draw the figures of the paper's supplementary material from our own runs.
+
+    python train/figures.py activations --models '{global: RUN, local: RUN}' --out FILE.png
+    python train/figures.py local_predictions --models '{alone: MODEL, GLD: MODEL}' --out FILE.png
+    python train/figures.py components --out FILE.png
+
+A model is a timm name, hf-hub:ORG/NAME, local-dir:PATH or a run folder. Images are of the bundled
+test split unless another dataset is named; `components` reads gld_zoo/results.json.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from jsonargparse import auto_cli
+from timm.data import resolve_model_data_config
+
+from batches import Normalize, Transforms
+from evaluate import resolve_name
+from gld_zoo import global_local_logits
+from models import create_frozen
+from release import COMPONENTS, RESULTS
+from sources import ImageSource
+from tensor_path import Split, decode
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+BUNDLED = "gld_zoo/data/cifar100_mini"
+CPU = torch.device("cpu")
+
+
+def activations(
+    models: dict[str, str], out: Path, dataset: str = BUNDLED, rows: list[int] | None = None
+) -> None:
+    """Draw the largest activation over channels at each position of the last feature map.
+
+    Each map has its own scale, from its smallest value to its largest.
+
+    Args:
+        models: Column title and model.
+        out: PNG to write.
+        dataset: Hub id or folder of the images.
+        rows: Of its test split; null takes the first six.
+    """
+    source, split = _images(dataset, rows or list(range(6)))
+    figure, axes = _grid(len(split.labels), 1 + len(models))
+    for row, label in enumerate(split.labels.tolist()):
+        _show_image(axes[row, 0], split.images[row], source.label_names[label])
+    for column, (title, name) in enumerate(models.items(), start=1):
+        model, inputs = _model_and_inputs(name, split)
+        with torch.no_grad():
+            maps = model.forward_features(inputs).amax(1)
+        axes[0, column].set_title(title, fontsize=9)
+        for row in range(len(maps)):
+            axes[row, column].imshow(maps[row], cmap="viridis")
+    _save(figure, out)
+
+
+def local_predictions(
+    models: dict[str, str],
+    out: Path,
+    dataset: str = BUNDLED,
+    rows: list[int] | None = None,
+    grid: int = 2,
+) -> None:
+    """Write on each cell of an image the class that its local logits give, and its probability.
+
+    Green is the right class; the title is the class and probability of the global logits.
+
+    Args:
+        models: Column title and model.
+        out: PNG to write.
+        dataset: Hub id or folder of the images.
+        rows: Of its test split; null takes the first six.
+        grid: Cells along each side.
+    """
+    source, split = _images(dataset, rows or list(range(6)))
+    figure, axes = _grid(len(split.labels), 1 + len(models), scale=2.2)
+    for row, label in enumerate(split.labels.tolist()):
+        _show_image(axes[row, 0], split.images[row], source.label_names[label])
+    for column, (title, name) in enumerate(models.items(), start=1):
+        model, inputs = _model_and_inputs(name, split)
+        with torch.no_grad():
+            probabilities = global_local_logits(model, inputs, grid).softmax(-1)
+        for row, label in enumerate(split.labels.tolist()):
+            ax, side = axes[row, column], split.images.shape[1] / grid
+            ax.imshow(split.images[row], alpha=0.45)
+            best = probabilities[row].max(-1)
+            for cell, (share, guess) in enumerate(
+                zip(best.values.tolist(), best.indices.tolist(), strict=True)
+            ):
+                text = f"{source.label_names[guess].replace('_', ' ')}\n{share:.0%}"
+                color = "darkgreen" if guess == label else "darkred"
+                if cell == 0:
+                    head = f"{title}: " if row == 0 else ""
+                    ax.set_title(head + text.replace("\n", " "), color=color, fontsize=7)
+                    continue
+                y, x = divmod(cell - 1, grid)
+                place = ((x + 0.5) * side - 0.5, (y + 0.5) * side - 0.5)
+                ax.text(*place, text, color=color, fontsize=6, ha="center", va="center")
+            for line in range(1, grid):
+                ax.axhline(line * side - 0.5, color="white", linewidth=1)
+                ax.axvline(line * side - 0.5, color="white", linewidth=1)
+    _save(figure, out)
+
+
+def components(out: Path) -> None:
+    """Draw the top-1 of each component of the loss alone and of all together, with seeds' spread.
+
+    Args:
+        out: PNG to write.
+    """
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    trained = results["weights"] | results["runs"]
+    parts = ("alone", *COMPONENTS, "all")
+    rows = {
+        setup: [trained[row[f"ablation_{part}"]["weights"]] for part in parts]
+        for setup, row in results["setups"].items()
+        if all(f"ablation_{part}" in row for part in parts)
+    }
+    figure, axes = plt.subplots(
+        1, len(rows), figsize=(4.2 * len(rows), 3.4), layout="constrained", squeeze=False
+    )
+    for ax, (setup, entries) in zip(axes[0], rows.items(), strict=True):
+        seeds = [[run["top1"] for run in entry["runs"]] for entry in entries]
+        means = [statistics.mean(values) for values in seeds]
+        spreads = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in seeds]
+        bars = ax.bar(parts, means, yerr=spreads if any(spreads) else None, color="steelblue")
+        ax.bar_label(bars, fmt="%.2f", fontsize=8)
+        ax.set_ylim(min(means) - 2, max(means) + 1)
+        row = results["setups"][setup]
+        pair = f"{row['teacher']['model']} → {row['gld']['model']}"
+        epochs, count = entries[0]["epochs"], len(seeds[0])
+        ax.set_title(f"({setup}) {pair}\n{epochs} epochs, {count} seed{'s' * (count > 1)}")
+        ax.set_ylabel("top-1, %")
+    _save(figure, out)
+
+
+def _images(dataset: str, rows: list[int]) -> tuple[ImageSource, Split]:
+    source = ImageSource(dataset)
+    chosen = torch.zeros(len(source.test), dtype=torch.bool)
+    chosen[rows] = True
+    test = source.test._select(chosen)
+    size = test.read(test.table[0][test.image_column], rows[0]).width
+    return source, decode(test, Transforms(size).fit(), size)
+
+
+def _model_and_inputs(name: str, split: Split) -> tuple[Any, torch.Tensor]:
+    """Return a model and the images as it takes them."""
+    model = create_frozen(resolve_name(name), CPU)
+    config = resolve_model_data_config(model)
+    inputs = Normalize(config["mean"], config["std"], CPU)(split.images)
+    size = config["input_size"][-1]
+    if size != inputs.shape[-1]:
+        inputs = torch.nn.functional.interpolate(inputs, size=size, mode="bilinear", antialias=True)
+    return model, inputs
+
+
+def _grid(rows: int, columns: int, scale: float = 1.3) -> tuple[Any, Any]:
+    figure, axes = plt.subplots(
+        rows,
+        columns,
+        figsize=(scale * columns, scale * rows),
+        layout="constrained",
+        squeeze=False,
+    )
+    for ax in axes.flat:
+        ax.set_axis_off()
+    return figure, axes
+
+
+def _show_image(ax: Any, image: torch.Tensor, name: str) -> None:
+    ax.imshow(image)
+    ax.set_title(name.replace("_", " "), fontsize=7)
+
+
+def _save(figure: Any, out: Path) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=110)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    auto_cli([activations, local_predictions, components], as_positional=False)
