@@ -61,7 +61,8 @@ class PreActBlock(nn.Module):
         x = self.conv1(x)
         x = self.act2(self.bn2(x))
         x = self.conv2(x)
-        return x + shortcut
+        x += shortcut
+        return x
 
 
 def _stage(in_chs: int, out_chs: int, blocks: int, plan: StagePlan, **dd: Any) -> nn.Sequential:
