@@ -204,7 +204,8 @@ def main() -> None:
                 options.setup, options.batch, bf16=bf16, dataset=options.dataset
             )
     if not options.no_memory:
-        command = [sys.executable, __file__, "--setup", options.setup, "--memory"]
+        command = [sys.executable, __file__, "--setup", options.setup]
+        command += ["--batch", str(options.batch), "--threads", str(options.threads), "--memory"]
         result["peak MB"] = {
             name: round(float(subprocess.check_output([*command, name], text=True)))
             for name in built

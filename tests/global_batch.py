@@ -1,4 +1,4 @@
-"""Train 20 steps and write losses and the last gradient: one process or several, in float64.
+"""Train 20 steps and write losses and gradients: one process or several, in float64.
 
     torchrun --nproc_per_node 2 tests/global_batch.py DATASET TEACHER OUT MODE...
 
@@ -46,19 +46,21 @@ def train(accelerator, dataset, teacher, out, mode):
         for module in trainer.student.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.eval()
-    losses = []
+    losses, gradients = [], []
     for epoch in range(5):
         for images, target in trainer.data.train.epoch(epoch):
             _, terms = trainer.forward(images, target)
             accelerator.backward(terms["loss"])
             means = accelerator.reduce(torch.stack(list(terms.values())).detach(), "mean")
             losses.append(means)
-            gradient = torch.cat([p.grad.flatten() for p in trainer.student.parameters()])
+            gradients.append(torch.cat([p.grad.flatten() for p in trainer.student.parameters()]))
             trainer.optimizer.step()
             trainer.optimizer.zero_grad()
     assert len(losses) == 20
     if accelerator.is_main_process:
-        save_file(dict(losses=torch.stack(losses), gradient=gradient), out + ".safetensors")
+        save_file(
+            dict(losses=torch.stack(losses), gradients=torch.stack(gradients)), out + ".safetensors"
+        )
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def test_damage_is_noticed(tmp_path, name, damage):
     if damage == "truncated":
         path.write_bytes(content[:-10])
     elif damage == "flipped":
-        middle = content.index(b"sha256") if name == "state.json" else len(content) - 5
+        middle = len(content) - 5 if name != "state.json" else content.index(b"sha256")
         path.write_bytes(content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1 :])
     elif damage == "missing":
         path.unlink()
@@ -85,7 +85,20 @@ def test_a_checkpoint_is_no_pickle(tmp_path):
     assert set(json.loads((tmp_path / "epoch-00001" / "state.json").read_text())) == {
         "epoch",
         "sha256",
+        "state_sha256",
     }
+
+
+def test_no_bit_of_the_state_can_change_unnoticed(tmp_path):
+    save(tmp_path, 1)
+    path = tmp_path / "epoch-00001" / "state.json"
+    content = path.read_bytes()
+    for place in range(len(content)):
+        flipped = bytearray(content)
+        flipped[place] ^= 1
+        path.write_bytes(flipped)
+        with pytest.raises(CheckpointError, match="epoch-00001 is damaged"):
+            load_checkpoint(tmp_path / "epoch-00001")
 
 
 def test_optimizer_goes_on_exactly(tmp_path):

@@ -4,11 +4,13 @@ import json
 import os
 import resource
 import signal
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
-from conftest import SMALL_RUN, read_lines
+from conftest import CHECKOUT, SMALL_RUN, launch, read_lines
 
 from interruption import Interruption
 
@@ -58,6 +60,41 @@ def test_a_signal_writes_a_checkpoint_and_ends_the_run_in_peace(
     assert signal.getsignal(number) == before
     distill(*options, "--resume")
     assert_same_result(run, student_run)
+
+
+def test_a_signal_to_all_processes_spares_the_workers_that_read(
+    student_run, tiny_dataset, tmp_path
+):
+    """As batch systems and torchrun send it."""
+    run = tmp_path / "run"
+    options = [*SMALL_RUN, "--dataset", tiny_dataset, "--in_memory", "false", "--workers", 1]
+    options += ["--epochs", 50, "--checkpoint_minutes", 0, "--run", run]
+    process = subprocess.Popen(
+        [sys.executable, CHECKOUT / "train" / "distill.py", *map(str, options)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env=dict(os.environ, PYTHONPATH=str(CHECKOUT)),
+    )
+    while not list(run.glob("checkpoints/epoch-00001-step-*")):
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert "stopped by SIGTERM" in output
+
+
+@pytest.mark.slow
+def test_several_processes_stop_at_an_epochs_end_however_few_its_steps(student_run, tmp_path):
+    run = tmp_path / "run"
+    options = ["--config", student_run / "recipe.yaml", "--run", run, "--max_minutes", 0]
+    assert "stopped by max_minutes after epoch 1; go on with --resume" in launch(
+        *options, processes=2
+    )
+    assert len(read_lines(run / "metrics.jsonl")) == 1
+    assert not (run / "summary.json").exists()
 
 
 def test_the_second_signal_is_not_held_back(monkeypatch):
@@ -128,6 +165,14 @@ def test_the_classifier_alone_is_trained_when_asked(teacher_run, tiny_dataset, t
     before, after = (load_file(path / "last" / "model.safetensors") for path in (teacher_run, run))
     changed = {name for name in after if not after[name].equal(before[name])}
     assert changed == {"fc.weight", "fc.bias"}
+
+
+def test_a_stream_that_tells_no_counts_trains(tiny_dataset, tmp_path, distill):
+    options = [*SMALL_RUN, "--dataset", tiny_dataset, "--streaming", "true", "--workers", 0]
+    assert "set train_images" in distill(*options, "--run", tmp_path / "none", fails=True)
+    output = distill(*options, "--train_images", 64, "--run", tmp_path / "run")
+    assert "64 training and test images" in output
+    assert (tmp_path / "run" / "summary.json").exists()
 
 
 def test_images_read_when_needed_train_and_resume_too(tiny_dataset, tmp_path, distill):

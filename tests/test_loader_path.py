@@ -99,6 +99,8 @@ def test_rows_held_out_are_balanced_and_the_rest_is_kept(source):
         assert (held.labels() == label).sum() == round(0.25 * count)
     assert torch.equal(labels[held.numbers], held.labels())
     assert torch.equal(source.train.hold_out(0.25, seed=1)[1].numbers, held.numbers)
+    for fraction, counts in ((0.001, [1] * 4), (0.999, (labels.bincount() - 1).tolist())):
+        assert source.train.hold_out(fraction, seed=1)[1].labels().bincount().tolist() == counts
     assert not torch.equal(source.train.hold_out(0.25, seed=2)[1].numbers, held.numbers)
 
 

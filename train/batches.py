@@ -31,7 +31,9 @@ class TrainBatches(Protocol):
 class EvalBatches(Protocol):
     """A process's share of the images to measure on, in order, none dropped or padded."""
 
-    count: int  # over all processes
+    @property
+    def count(self) -> int | None:
+        """The images over all processes; None for a stream that does not tell."""
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield images `[B, 3, S, S]`, normalised, and labels `[B]`."""

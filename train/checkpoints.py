@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -26,7 +27,7 @@ def save_checkpoint(
     *,
     keep: int,
 ) -> None:
-    """Write one checkpoint and drop all but the `keep` newest.
+    """Write one checkpoint; drop all but the `keep` newest, and what an earlier crash left.
 
     Everything is written and flushed under a temporary name and renamed last, so a crash at any
     moment leaves the earlier checkpoints alone.
@@ -52,7 +53,7 @@ def save_checkpoint(
         except (OSError, SafetensorError):
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-    for old in list_checkpoints(folder)[:-keep]:
+    for old in [*list_checkpoints(folder)[:-keep], *folder.glob(".*.partial")]:
         shutil.rmtree(old)
 
 
@@ -64,10 +65,14 @@ def _write(
         group = {key: tensor.detach().contiguous() for key, tensor in group.items()}
         save_file(group, folder / f"{stem}.safetensors", metadata={"format": "pt"})
     hashes = {path.name: sha256(path) for path in sorted(folder.iterdir())}
-    text = json.dumps(dict(state, sha256=hashes), indent=2)
+    text = json.dumps(dict(state, sha256=hashes, state_sha256=_digest(state)), indent=2)
     (folder / "state.json").write_text(text, encoding="utf-8")
     for path in [*folder.iterdir(), folder]:
         flush(path)
+
+
+def _digest(state: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -90,8 +95,10 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dic
     """
     try:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        hashes = state.pop("sha256")
-        damaged = [name for name, digest in hashes.items() if sha256(path / name) != digest]
+        hashes, digest = state.pop("sha256"), state.pop("state_sha256")
+        damaged = [name for name, expected in hashes.items() if sha256(path / name) != expected]
+        if _digest(state) != digest:
+            damaged.append("state.json")
         if damaged:
             raise CheckpointError(
                 f"{path} is damaged: {', '.join(damaged)} changed since it was written"

@@ -32,16 +32,28 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a name to write a file under; it takes the place of `path` once it is whole.
+
+    Raises:
+        DiskError: If writing fails; `path` is as before.
+    """
     temporary = path.with_name(f".{path.name}.partial")
     with writing(path):
         try:
-            temporary.write_text(text, encoding="utf-8")
+            yield temporary
+            flush(temporary)
             os.replace(temporary, path)
         except OSError:
             temporary.unlink(missing_ok=True)
             raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def flush(path: Path) -> None:

@@ -24,7 +24,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from disk import DiskError
-from interruption import Stopped
+from interruption import Interruption, Stopped
 from models import ModelError
 from recipe import Recipe, parse_command
 from run_folder import RunError, RunFolder, measured_split
@@ -46,15 +46,33 @@ def main(recipe: Recipe, folder: Path, *, resume: bool = False) -> None:
     if run.finished:
         say(f"{folder} holds a finished run; nothing to resume")
         return
+    with Interruption(
+        accelerator,
+        max_minutes=recipe.max_minutes,
+        checkpoint_minutes=recipe.checkpoint_minutes,
+    ) as interruption:
+        train(recipe, run, accelerator, interruption, resume=resume)
+    accelerator.end_training()
+
+
+def train(
+    recipe: Recipe,
+    run: RunFolder,
+    accelerator: Accelerator,
+    interruption: Interruption,
+    *,
+    resume: bool,
+) -> None:
+    """Train, tell of it, and leave the finished run in its folder."""
+    say = accelerator.print
     trainer = Trainer(recipe, run, accelerator)
     run.start(accelerator)
     if recipe.trackers:
         accelerator.init_trackers("gld_zoo", config=flat_options(recipe))
     data = trainer.data
     held = f", {data.val.count:,} held out" if data.val else ""
-    say(
-        f"{recipe.dataset}: {data.train.count:,} training and {data.test.count:,} test images{held}"
-    )
+    tests = "" if data.test.count is None else f"{data.test.count:,} "
+    say(f"{recipe.dataset}: {data.train.count:,} training and {tests}test images{held}")
     teacher_top1 = trainer.measure_teacher()
     if teacher_top1 is not None:
         say(f"teacher {recipe.teacher}: top-1 {teacher_top1:.2f} %")
@@ -64,20 +82,18 @@ def main(recipe: Recipe, folder: Path, *, resume: bool = False) -> None:
     before = trainer.measure(data.val or data.test)["top1"]
     say(f"student {recipe.student}, {origin}: top-1 {before:.2f} %")
     try:
-        trainer.fit(lambda line: say(describe(line, recipe.epochs)))
+        trainer.fit(lambda line: say(describe(line, recipe.epochs)), interruption)
     except Stopped as stopped:
         say(f"{stopped}; go on with --resume")
-        accelerator.end_training()
         return
     summary = trainer.finish(teacher_top1)
     if teacher_top1 is not None:
         say(f"teacher {teacher_top1:.2f} %")
     say(f"student {before:.2f} % before ({origin}), {summary['top1']:.2f} % after")
     say(
-        f"run folder {folder}, with curves.png; the student: import timm, gld_zoo; "
-        f"timm.create_model('local-dir:{folder}/last', pretrained=True)"
+        f"run folder {run.path}, with curves.png; the student: import timm, gld_zoo; "
+        f"timm.create_model('local-dir:{run.path}/last', pretrained=True)"
     )
-    accelerator.end_training()
 
 
 def check_trackers(trackers: Sequence[str]) -> None:

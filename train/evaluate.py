@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
+from jsonargparse.typing import PositiveInt
 from timm.data import resolve_model_data_config
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -205,8 +206,10 @@ def cli(arguments: list[str] | None = None) -> None:
     parser.add_argument("--teacher", type=str | None, help=f"compare with it: {model}")
     add_source_options(parser)
     parser.add_argument("--grid", type=int, default=2, help="cells a side; 0: no local rows")
-    parser.add_argument("--image_size", type=int | None, help="pixels a side; null: the model's")
-    parser.add_argument("--batch_size", type=int, default=250, help="images a forward pass")
+    parser.add_argument(
+        "--image_size", type=PositiveInt | None, help="pixels a side; null: the model's"
+    )
+    parser.add_argument("--batch_size", type=PositiveInt, default=250, help="images a forward pass")
     parser.add_argument("--workers", type=int, default=0, help="processes that read; 0: in memory")
     parser.add_argument("--json", type=str | None, help="file to write the result to")
     options = parser.parse_args(arguments)

@@ -22,9 +22,9 @@ class Stopped(Exception):
 class Interruption:
     """A context that notices SIGTERM, Ctrl-C and a time limit, and when a checkpoint is due.
 
-    Several processes agree every `CHECK_EVERY` steps, so that all stop at the same one; a single
-    process stops at the next step. After the first signal the handlers of before are back: a
-    second Ctrl-C ends the program at once.
+    Several processes agree every `CHECK_EVERY` steps and at each epoch's end, so that all stop at
+    the same one; a single process stops at the next step. The limit counts from here. After the
+    first signal the handlers of before are back: a second Ctrl-C ends the program at once.
 
     Args:
         accelerator: The processes that must agree.
@@ -62,18 +62,29 @@ class Interruption:
 
     def due(self, step: int) -> tuple[bool, bool]:
         """Tell after a step whether to write a checkpoint, and whether to stop after that."""
-        several = self.accelerator.num_processes > 1
-        if several and step % CHECK_EVERY:
+        if self.accelerator.num_processes > 1 and step % CHECK_EVERY:
             return False, False
+        return self._agree()
+
+    def _agree(self) -> tuple[bool, bool]:
         now = time.monotonic()
         if self.reason is None and self.deadline is not None and now >= self.deadline:
             self.reason = "max_minutes"
         stop, save = self.reason is not None, now - self.saved >= self.interval
-        if several:
+        if self.accelerator.num_processes > 1:
             flags = torch.tensor([stop, save], dtype=torch.int32, device=self.accelerator.device)
             torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
             stop, save = bool(flags[0]), bool(flags[1])
         return stop or save, stop
+
+    @property
+    def cause(self) -> str:
+        """What asked to stop."""
+        return self.reason or "another process"
+
+    def stopping(self) -> bool:
+        """Tell at an epoch's end, where a checkpoint has just been written, whether to stop."""
+        return self._agree()[1]
 
     def written(self) -> None:
         """Count the minutes to the next checkpoint from now."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import signal
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 from torchvision.transforms import v2
 
 from batches import Batch, Normalize, Share, derive_seed, epoch_generator
+from interruption import SIGNALS
 from sources import DataError, Rows
 
 Key = tuple[int, int]  # epoch and row
@@ -95,13 +97,13 @@ class LoaderEval:
         workers: int,
     ) -> None:
         step = max(1, batch_size // share.world_size)
-        self.count = len(rows)
+        self.count = rows.count()
         self.normalize = normalize
         if isinstance(rows.table, Stream):
             images = _StreamedImages(rows, transform, 0, share)
             self.loader = _loader(images, normalize, images.useful(workers), batch_size=step)
         else:
-            keys = [(0, int(row)) for row in share.of(torch.arange(self.count))]
+            keys = [(0, int(row)) for row in share.of(torch.arange(len(rows)))]
             batches = [keys[i : i + step] for i in range(0, len(keys), step)]
             self.loader = _loader(
                 _Images(rows, transform, 0), normalize, workers, batch_sampler=batches
@@ -279,9 +281,16 @@ def _loader(
         persistent_workers=persistent and workers > 0,
         pin_memory=normalize.device.type == "cuda",
         collate_fn=_collate,
+        worker_init_fn=_ignore_signals,
         generator=torch.Generator(),  # else each epoch draws from the global one
         **batching,
     )
+
+
+def _ignore_signals(_: int) -> None:
+    """Leave the end to the process that trains: a signal to all must not cost it its images."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _collate(samples: list[Sample | DataError]) -> Batch | DataError:

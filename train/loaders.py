@@ -100,7 +100,7 @@ def load_data(
             options.update(count=recipe.train_images, buffer=recipe.shuffle_buffer)
         kind = StreamBatches if recipe.streaming else LoaderBatches
         batches = kind(train, transforms.training(), normalize, **options)
-    return Data(batches, measured(source.test), measured(val) if val else None)
+    return Data(batches, measured(source.test), measured(val) if val is not None else None)
 
 
 def eval_batches(

@@ -140,7 +140,9 @@ def _copy(source: Path, target: Path, *, float16: bool) -> Path:
 
 
 @torch.no_grad()
-def measure(model: Any, config: dict[str, Any], test_set: str) -> tuple[dict[str, float], int]:
+def measure(
+    model: Any, config: dict[str, Any], test_set: str
+) -> tuple[dict[str, float], int | None]:
     """Return top-1 and top-5 on a dataset's test split, and its number of images."""
     size = config["input_size"][-1]
     transforms = Transforms(size, config["interpolation"], crop_pct=config["crop_pct"])

@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from disk import write_text, writing
+from disk import flush, replacing, write_text, writing
 from gld_zoo.hub import save_pretrained
 from recipe import Recipe
 
@@ -124,8 +124,8 @@ class RunFolder:
         """Write the history's lines and redraw the curves."""
         lines = "".join(json.dumps(line) + "\n" for line in self.history)
         write_text(self.path / "metrics.jsonl", lines)
-        with writing(self.path / "curves.png"):
-            draw_curves(self.history, self.path / "curves.png")
+        with replacing(self.path / "curves.png") as temporary:
+            draw_curves(self.history, temporary)
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """Write a file whole or not at all."""
@@ -137,6 +137,8 @@ class RunFolder:
         with writing(folder):
             shutil.rmtree(temporary, ignore_errors=True)
             save_pretrained(model, temporary, **config)
+            for written in [*temporary.iterdir(), temporary]:
+                flush(written)
             shutil.rmtree(folder, ignore_errors=True)
             temporary.rename(folder)
 
@@ -214,5 +216,5 @@ def draw_curves(history: list[dict[str, Any]], path: Path) -> None:
     if len(terms) > 2:
         axes[1].margins(y=0.25)  # for the legend
         axes[1].legend(ncols=len(terms), loc="upper center", fontsize="small", columnspacing=1)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, format="png")
     plt.close(figure)

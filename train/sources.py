@@ -84,15 +84,20 @@ class Rows:
         Raises:
             DataError: If the card does not say it.
         """
-        if isinstance(self.table, Dataset):
-            return len(self.table)
-        split = (self.table.info.splits or {}).get(str(self.table.split))
-        if split is None or not split.num_examples:
+        count = self.count()
+        if count is None:
             raise DataError(
                 f"{self.where} does not tell its number of rows (dataset_info in its card), which "
                 "streaming needs; set train_images"
             )
-        return split.num_examples
+        return count
+
+    def count(self) -> int | None:
+        """Return the number of rows; None for a stream whose card does not say it."""
+        if isinstance(self.table, Dataset):
+            return len(self.table)
+        split = (self.table.info.splits or {}).get(str(self.table.split))
+        return (split.num_examples or None) if split else None
 
     def labels(self) -> torch.Tensor:
         """Return the class indices int64 `[rows]`, none of them out of range.
@@ -109,14 +114,22 @@ class Rows:
         return labels.to(torch.int64)
 
     def hold_out(self, fraction: float, seed: int) -> tuple[Rows, Rows]:
-        """Split the rows class by class: those to keep, and a `fraction` (rounded) held out."""
+        """Split the rows class by class: those to keep, and a `fraction` (rounded) held out.
+
+        Of each class at least one row is held out and one is kept, if it has two.
+
+        Raises:
+            DataError: If no class has two.
+        """
         labels = self.labels()
         generator = torch.Generator().manual_seed(seed)
         held = torch.zeros(len(labels), dtype=torch.bool)
         for label in range(self.classes):
             rows = (labels == label).nonzero().flatten()
             rows = rows[torch.randperm(len(rows), generator=generator)]
-            held[rows[: round(fraction * len(rows))]] = True
+            held[rows[: min(max(1, round(fraction * len(rows))), len(rows) - 1)]] = True
+        if not held.any():
+            raise DataError(f"{self.where} has no class of two images, so none can be held out")
         return self._select(~held), self._select(held)
 
     def _select(self, chosen: torch.Tensor) -> Rows:
@@ -130,13 +143,17 @@ class Rows:
     def read(self, item: dict[str, Any], row: int) -> PILImage.Image:
         """Decode an image, upright and RGB; 16-bit grey is scaled to 8 bits, alpha is dropped.
 
+        An image of 32-bit integers counts as 16-bit if it has a value above 255.
+
         Raises:
             DataError: If it cannot be read; it names the row.
         """
         try:
             image = Image().decode_example(item)
             if image.mode.startswith("I"):  # convert would cut every value above 255 to white
-                values = np.asarray(image).clip(0, 65535) // 257
+                values = np.asarray(image).clip(0, 65535)
+                if image.mode != "I" or values.max() > 255:
+                    values = values // 257
                 image = PILImage.fromarray(values.astype(np.uint8))
             return image.convert("RGB")
         except Exception as error:

@@ -132,15 +132,29 @@ class Trainer:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
             self.totals.load(state["totals"])
             self.position = (state["epoch"], state["step"])
+            self._check_agreement()
             self.run.rewind(state["history"], self.accelerator)
             self.run.discard(damaged, self.accelerator)
             return
+        self._check_agreement()
         if damaged:
             raise RunError(
                 f"no checkpoint in {self.run.checkpoints} is usable; put one back from a copy, or "
                 "delete the run folder to start anew"
             )
         self.accelerator.print(f"{self.run.path} holds no checkpoint yet; starting anew")
+
+    def _check_agreement(self) -> None:
+        if self.accelerator.num_processes == 1:
+            return
+        epoch, step = self.position
+        seen = torch.tensor([epoch, step, -epoch, -step], device=self.accelerator.device)
+        torch.distributed.all_reduce(seen, op=torch.distributed.ReduceOp.MAX)
+        if (seen[:2] + seen[2:]).any():
+            raise RunError(
+                f"the processes see different checkpoints in {self.run.checkpoints}; several "
+                "machines must share the run folder's disk"
+            )
 
     def save(self, epoch: int, step: int) -> None:
         """Write a checkpoint after `epoch` epochs and `step` steps of the next one."""
@@ -162,27 +176,24 @@ class Trainer:
             )
         self.accelerator.wait_for_everyone()
 
-    def fit(self, report: Callable[[dict[str, Any]], None]) -> None:
+    def fit(self, report: Callable[[dict[str, Any]], None], interruption: Interruption) -> None:
         """Train from where the run stands to its last epoch.
 
         Args:
             report: Is given each epoch's metrics.
+            interruption: Tells when to write a checkpoint, and when to stop.
 
         Raises:
             Stopped: If a signal or the time limit ended it early; a checkpoint is written.
             NonFiniteLossError: If the loss is infinite or not a number.
             DiskError: If something cannot be written.
         """
-        recipe = self.recipe
-        with Interruption(
-            self.accelerator,
-            max_minutes=recipe.max_minutes,
-            checkpoint_minutes=recipe.checkpoint_minutes,
-        ) as interruption:
-            for epoch in range(self.position[0], recipe.epochs):
-                self.train_one_epoch(epoch, interruption)
-                report(self.close_epoch(epoch))
-                interruption.written()
+        for epoch in range(self.position[0], self.recipe.epochs):
+            self.train_one_epoch(epoch, interruption)
+            report(self.close_epoch(epoch))
+            interruption.written()
+            if epoch + 1 < self.recipe.epochs and interruption.stopping():
+                raise Stopped(f"stopped by {interruption.cause} after epoch {epoch + 1}")
 
     def close_epoch(self, epoch: int) -> dict[str, Any]:
         """Measure after an epoch, counted from 0; write its metrics and checkpoint."""
@@ -276,10 +287,7 @@ class Trainer:
         self.totals.start()
         interruption.written()
         if stop:
-            raise Stopped(
-                f"stopped by {interruption.reason or 'another process'} at step {step} of epoch "
-                f"{epoch + 1}"
-            )
+            raise Stopped(f"stopped by {interruption.cause} at step {step} of epoch {epoch + 1}")
 
     def postfix(self, epoch: int) -> str:
         """Return what the progress bar shows of the epoch so far."""
