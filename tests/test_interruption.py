@@ -10,7 +10,7 @@ import threading
 import time
 
 import pytest
-from conftest import CHECKOUT, SMALL_RUN, launch, read_lines
+from conftest import CHECKOUT, SMALL_RUN, launch, read_lines, write_dataset
 
 from interruption import Interruption
 
@@ -167,8 +167,9 @@ def test_the_classifier_alone_is_trained_when_asked(teacher_run, tiny_dataset, t
     assert changed == {"fc.weight", "fc.bias"}
 
 
-def test_a_stream_that_tells_no_counts_trains(tiny_dataset, tmp_path, distill):
-    options = [*SMALL_RUN, "--dataset", tiny_dataset, "--streaming", "true", "--workers", 0]
+def test_a_stream_that_tells_no_counts_trains(rows, tmp_path, distill):
+    unseen = write_dataset(tmp_path / "data", rows)  # what was loaded before is counted
+    options = [*SMALL_RUN, "--dataset", unseen, "--streaming", "true", "--workers", 0]
     assert "set train_images" in distill(*options, "--run", tmp_path / "none", fails=True)
     output = distill(*options, "--train_images", 64, "--run", tmp_path / "run")
     assert "64 training and test images" in output
