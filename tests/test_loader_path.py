@@ -1,10 +1,13 @@
 """Images read when needed: the same images whatever the workers, processes and resumes."""
 
 import io
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import FEATURES, write_dataset
+from conftest import CHECKOUT, FEATURES, write_dataset
 from datasets import Dataset
 from PIL import Image as PILImage
 
@@ -80,6 +83,19 @@ def test_measured_images_are_those_of_the_tensor_path(source):
             for (images, labels), (theirs, targets) in zip(found, expected, strict=True):
                 assert torch.equal(images, theirs)
                 assert torch.equal(labels, targets)
+
+
+def test_workers_end_with_their_process_though_its_loader_lives(tiny_dataset):
+    """They ignore the signal by which multiprocessing ends them at exit, and waits for them."""
+    lines = ["import sys", "from test_loader_path import *", "source = ImageSource(sys.argv[1])"]
+    lines += ["batches = batches_of(source, workers=1)", "next(batches.epoch(0))"]
+    paths = [str(CHECKOUT / name) for name in ("", "train", "tests")]
+    subprocess.run(
+        [sys.executable, "-c", "\n".join(lines), str(tiny_dataset)],
+        check=True,
+        timeout=100,
+        env=dict(os.environ, PYTHONPATH=os.pathsep.join(paths)),
+    )
 
 
 def test_an_unreadable_image_in_a_worker_is_named_by_row(tmp_path, rows):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
+import multiprocessing
 import signal
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -291,6 +293,18 @@ def _ignore_signals(_: int) -> None:
     """Leave the end to the process that trains: a signal to all must not cost it its images."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_workers() -> None:
+    """End workers that a live loader still has at exit.
+
+    multiprocessing would ask them by SIGTERM, which they ignore, and wait for ever. It registered
+    before this module did, so this comes first.
+    """
+    for process in multiprocessing.active_children():
+        if process.daemon:  # those that it ends without being asked
+            process.kill()
 
 
 def _collate(samples: list[Sample | DataError]) -> Batch | DataError:
