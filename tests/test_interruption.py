@@ -97,7 +97,15 @@ def test_several_processes_stop_at_an_epochs_end_however_few_its_steps(student_r
     assert not (run / "summary.json").exists()
 
 
-def test_the_second_signal_is_not_held_back(monkeypatch):
+@pytest.fixture
+def interruptible():
+    """Ctrl-C ends the program, also where the tests were started with it ignored (`nohup`, `&`)."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_the_second_signal_is_not_held_back(interruptible):
     class Alone:
         num_processes = 1
 
