@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 
 import linear_probe
-from recipe import Recipe, parse_command
+from recipe import GROUPS, Recipe, parse_command
 from run_folder import RunFolder
 from trainer import Trainer
 
@@ -140,3 +140,5 @@ def test_help_explains_every_option(capsys):
     text = capsys.readouterr().out
     for name in Recipe.__dataclass_fields__:
         assert f"--{name} " in text
+    for title in GROUPS.values():
+        assert f"\n{title}:\n" in text

@@ -160,8 +160,8 @@ def describe(line: dict[str, Any], epochs: int) -> str:
     minutes = line["seconds"] * (epochs - line["epoch"]) / 60
     split = measured_split(line)
     return (
-        f"epoch {line['epoch']}/{epochs}  {split} top-1 {line[f'{split}_top1']:.2f}  "
-        f"train top-1 {line['train_top1']:.2f}  "
+        f"epoch {line['epoch']}/{epochs}  top-1 {split} {line[f'{split}_top1']:.2f} "
+        f"train {line['train_top1']:.2f}  "
         f"{terms}  lr {line['lr']:g}  {line['images_per_second']:.0f} images/s  "
         f"{minutes:.1f} min left"
     )

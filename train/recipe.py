@@ -212,10 +212,24 @@ class Recipe:
             raise ValueError(f"{path}: {error}") from error
 
 
+# under which title `--help` shows the options from this one on
+GROUPS = dict(
+    student="models",
+    dataset="dataset",
+    image_size="images",
+    in_memory="reading",
+    grid="loss",
+    epochs="schedule",
+    seed="run",
+)
+
+
 def add_recipe_options(parser: ArgumentParser) -> None:
-    """Give a parser one option a field of `Recipe`."""
+    """Give a parser one option a field of `Recipe`, in groups."""
     hints = get_type_hints(Recipe)
     for field in dataclasses.fields(Recipe):
+        if field.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[field.name])
         options: dict[str, Any] = dict(type=hints[field.name], help=field.metadata["help"])
         if field.default is not dataclasses.MISSING:
             options["default"] = field.default
@@ -223,7 +237,7 @@ def add_recipe_options(parser: ArgumentParser) -> None:
             options["default"] = field.default_factory()
         else:
             options["required"] = True
-        parser.add_argument(f"--{field.name}", **options)
+        group.add_argument(f"--{field.name}", **options)
 
 
 @dataclasses.dataclass(frozen=True)
