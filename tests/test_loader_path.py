@@ -90,12 +90,15 @@ def test_workers_end_with_their_process_though_its_loader_lives(tiny_dataset):
     lines = ["import sys", "from test_loader_path import *", "source = ImageSource(sys.argv[1])"]
     lines += ["batches = batches_of(source, workers=1)", "next(batches.epoch(0))"]
     paths = [str(CHECKOUT / name) for name in ("", "train", "tests")]
-    subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", "\n".join(lines), str(tiny_dataset)],
         check=True,
         timeout=100,
+        capture_output=True,
+        text=True,
         env=dict(os.environ, PYTHONPATH=os.pathsep.join(paths)),
     )
+    assert "Traceback" not in result.stderr
 
 
 def test_an_unreadable_image_in_a_worker_is_named_by_row(tmp_path, rows):

@@ -302,6 +302,8 @@ def _end_workers() -> None:
     multiprocessing would ask them by SIGTERM, which they ignore, and wait for ever. It registered
     before this module did, so this comes first.
     """
+    if hasattr(signal, "SIGCHLD"):  # torch's handler would report them as killed
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for process in multiprocessing.active_children():
         if process.daemon:  # those that it ends without being asked
             process.kill()
