@@ -56,7 +56,7 @@ def global_local_logits(model: nn.Module, images: torch.Tensor, grid: int = 2) -
             pooling.
         images: Normalised images `[B, C, H, W]`.
         grid: Cells along each side, L = grid². Where it does not divide the map, pooling is
-            adaptive.
+            adaptive (some positions count in two cells).
 
     Returns:
         Logits `[B, 1+L, K]`: row 0 equals `model(images)`, then the cells row by row, top left
@@ -82,15 +82,26 @@ def global_local_logits(model: nn.Module, images: torch.Tensor, grid: int = 2) -
 
 def _head_rows(model: Any, features: torch.Tensor, grid: int) -> torch.Tensor:
     height, width = features.shape[2:]
+    # adaptive_avg_pool2d, with a gradient that repeats to the bit on a GPU
     if height % grid or width % grid:
-        cells = F.adaptive_avg_pool2d(features, grid)
-    else:  # the same, with a gradient that repeats to the bit on a GPU
+        rows, columns = (_pooling(side, grid, features) for side in (height, width))
+        cells = rows @ features @ columns.T
+    else:
         cells = F.avg_pool2d(features, (height // grid, width // grid))
     cells = cells.flatten(2)  # [B, D, L]
     pooled = torch.cat([features.mean((2, 3)).unsqueeze(2), cells], dim=2)  # [B, D, 1+L]
     rows = pooled.transpose(1, 2).flatten(0, 1)  # [B(1+L), D]
     logits = model.forward_head(rows[:, :, None, None])
     return logits.unflatten(0, (features.shape[0], 1 + grid * grid))
+
+
+def _pooling(side: int, grid: int, like: torch.Tensor) -> torch.Tensor:
+    """Return the matrix `[grid, side]` that averages a map's rows as adaptive pooling does."""
+    cell = torch.arange(grid, device=like.device)[:, None]
+    place = torch.arange(side, device=like.device)
+    first, end = cell * side // grid, ((cell + 1) * side + grid - 1) // grid
+    inside = ((first <= place) & (place < end)).to(like.dtype)
+    return inside / inside.sum(1, keepdim=True)
 
 
 def _check_model(model: Any) -> None:

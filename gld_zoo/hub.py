@@ -50,5 +50,7 @@ def save_pretrained(
     config = json.loads(config_path.read_text(encoding="utf-8"))
     # timm 1.0.31 repeats num_classes there, and transformers then passes it twice and fails
     config.get("model_args", {}).pop("num_classes", None)
+    # the tag names the weights that the model began with or could have, not these
+    config.get("pretrained_cfg", {}).pop("tag", None)
     config_path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return folder

@@ -47,7 +47,7 @@ def test_a_crash_while_writing_leaves_the_earlier_ones(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoints, "save_file", full_disk)
-    with pytest.raises(DiskError, match="No space left on device; what was written before"):
+    with pytest.raises(DiskError, match="No space left on device; what was written before is"):
         save(tmp_path, 2)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["epoch-00001"]
     monkeypatch.undo()
@@ -72,6 +72,33 @@ def test_damage_is_noticed(tmp_path, name, damage):
         path.write_bytes(b"")
     with pytest.raises(CheckpointError, match="epoch-00001 is damaged"):
         load_checkpoint(tmp_path / "epoch-00001")
+
+
+def test_a_disk_that_does_not_answer_is_no_damage(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+
+    def stale(*args, **kwargs):
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr(checkpoints, "sha256", stale)
+    with pytest.raises(DiskError, match="epoch-00001: Stale file handle; nothing was changed"):
+        load_checkpoint(tmp_path / "epoch-00001")
+
+
+def test_a_crash_while_dropping_old_ones_leaves_no_half_checkpoint(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+
+    def crash(path, *args, **kwargs):
+        if "epoch-00001" in str(path) and path.exists():
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(checkpoints.shutil, "rmtree", crash)
+    with pytest.raises(DiskError, match="Input/output error"):
+        save(tmp_path, 2, keep=1)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["epoch-00002"]
+    monkeypatch.undo()
+    save(tmp_path, 3, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["epoch-00003"]
 
 
 def test_no_folder_holds_no_checkpoint(tmp_path):

@@ -14,8 +14,8 @@ from conftest import CHECKOUT, SMALL_RUN, launch, read_lines, write_dataset
 from datasets import load_dataset
 from safetensors.torch import load_file
 
+from run_folder import summarize
 from totals import NonFiniteLossError, Totals
-from trainer import summarize
 
 
 def test_run_folder_holds_what_the_design_says(student_run):
@@ -36,7 +36,7 @@ def test_run_folder_holds_what_the_design_says(student_run):
         assert line["loss"] == pytest.approx(sum(line[term] for term in terms - {"loss"}), rel=1e-5)
     summary = json.loads((student_run / "summary.json").read_text())
     assert summary["top1"] == lines[-1]["test_top1"]
-    assert summary["teacher_top1"] is not None
+    assert summary["teacher"]["top1"] > 0
     environment = json.loads((student_run / "env.json").read_text())
     assert environment["versions"]["torch"] == torch.__version__.split("+")[0]
     assert (student_run / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -54,7 +54,7 @@ def test_run_folder_holds_what_the_design_says(student_run):
 def test_printed_lines_tell_teacher_before_after_and_where(student_run):
     printed = (student_run / "printed.txt").read_text()
     summary = json.loads((student_run / "summary.json").read_text())
-    assert f"teacher {summary['teacher_top1']:.2f} %" in printed
+    assert f"teacher {summary['teacher']['top1']:.2f} %" in printed
     assert f"before (random weights), {summary['top1']:.2f} % after" in printed
     assert str(student_run) in printed
 
@@ -95,6 +95,7 @@ def test_resume_gives_the_same_bits(student_run, tmp_path, distill, damage):
     output = distill("--config", student_run / "recipe.yaml", "--run", run, "--resume")
     assert "after 1 epochs" in output
     assert ("damaged" in output) == (damage is not None)
+    assert len(list(run.glob("checkpoints/.epoch-00002.damaged"))) == (damage is not None)
     assert (run / "last" / "model.safetensors").read_bytes() == (
         student_run / "last" / "model.safetensors"
     ).read_bytes()
@@ -204,9 +205,11 @@ def test_a_resumed_run_keeps_its_first_environment(student_run, tmp_path, distil
     shutil.copytree(student_run, run)
     (run / "summary.json").unlink()
     environment = json.loads((run / "env.json").read_text())
-    (run / "env.json").write_text(json.dumps(dict(environment, processes=4)))
+    (run / "env.json").write_text(json.dumps(dict(environment, processes=4, threads=8)))
     output = distill("--config", student_run / "recipe.yaml", "--run", run, "--resume")
     assert "processes was 4 and is 1" in output
+    assert "threads was 8 and is 1" in output
+    assert "torch was" not in output
     after = json.loads((run / "env.json").read_text())
     assert after["processes"] == 4
     assert [resumed["processes"] for resumed in after["resumed"]] == [1]
@@ -328,5 +331,5 @@ def test_the_headline_is_the_last_epoch():
         dict(epoch=i, test_top1=top1, test_top5=90.0, seconds=1.0)
         for i, top1 in ((1, 70.0), (2, 60.0))
     ]
-    summary = summarize(history, dict(top1=60.0, top5=90.0), None)
+    summary = summarize(history, dict(top1=60.0, top5=90.0))
     assert (summary["top1"], summary["best_epoch"], summary["best_epoch_top1"]) == (60.0, 1, 70.0)

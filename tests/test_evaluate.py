@@ -3,10 +3,14 @@
 import json
 
 import pytest
+import timm
 import torch
 from conftest import read_lines
+from PIL import Image as PILImage
 
-from evaluate import Scores, cli
+from evaluate import Scores, cli, measuring_transforms, square_size
+from gld_zoo.hub import save_pretrained
+from models import ModelError
 
 
 def scores_of(probabilities, target):
@@ -40,7 +44,7 @@ def test_a_runs_scores_are_those_of_its_log(
     assert result["top1"] == pytest.approx(last["test_top1"])
     assert result["top5"] == pytest.approx(last["test_top5"])
     summary = json.loads((student_run / "summary.json").read_text())
-    assert result["teacher_top1"] == pytest.approx(summary["teacher_top1"])
+    assert result["teacher_top1"] == pytest.approx(summary["teacher"]["top1"])
     assert len(result["local_top1"]) == 4
     assert 0 <= result["agreement"] <= 100
     assert result["parameters"] == 180_916 - 96 * 65  # four classes instead of a hundred
@@ -56,6 +60,60 @@ def test_a_runs_scores_are_those_of_its_log(
     )
     printed = capsys.readouterr().out
     assert f"top1               {result['top1']:.2f} %" in printed
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("vit_tiny_patch16_224", ["--image_size", 64], "cannot take 64x64 images"),
+        ("resnet18", ["--image_size", 16], None),
+        ("vit_tiny_patch16_224", [], "none: VisionTransformer.forward_features gives"),
+    ],
+)
+def test_any_timm_model_is_measured_with_local_rows_or_the_reason(
+    tmp_path, tiny_dataset, capsys, name, options, message
+):
+    save_pretrained(timm.create_model(name, num_classes=4), tmp_path / "model")
+    arguments = ["--model", f"local-dir:{tmp_path / 'model'}", "--dataset", str(tiny_dataset)]
+    arguments += map(str, options)
+    if message and message.startswith("none"):
+        cli(arguments)
+        assert f"local top1         {message}" in capsys.readouterr().out
+    elif message:
+        with pytest.raises(SystemExit) as stop:
+            cli(arguments)
+        assert message in str(stop.value.code)
+    else:
+        cli(arguments)
+        assert "none: grid=2 needs a feature map" in capsys.readouterr().out
+
+
+def test_images_are_prepared_as_the_cfg_says_or_it_is_refused():
+    config = dict(input_size=(3, 24, 32), interpolation="bilinear", crop_pct=0.5)
+    with pytest.raises(ModelError, match="24x32, and only square ones"):
+        square_size(config, None)
+    assert square_size(config, 40) == 40
+    with pytest.raises(ModelError, match="crop_mode='border'"):
+        measuring_transforms(dict(config, crop_mode="border"), 24)
+    wide = PILImage.linear_gradient("L").resize((60, 30)).convert("RGB")
+    for mode in ("center", "squash"):
+        ours = measuring_transforms(dict(config, crop_mode=mode), 24).measuring()(wide)
+        theirs = timm.data.create_transform(
+            24, interpolation="bilinear", crop_pct=0.5, crop_mode=mode, normalize=False
+        )(wide)
+        assert torch.equal(ours, theirs)
+
+
+def test_an_unfinished_run_is_named(tmp_path, tiny_dataset):
+    (tmp_path / "recipe.yaml").write_text("student: gld_resnet20\n")
+    with pytest.raises(SystemExit) as stop:
+        cli(["--model", str(tmp_path), "--dataset", str(tiny_dataset)])
+    assert f"{tmp_path} holds no finished run" in str(stop.value.code)
+    with pytest.raises(SystemExit) as stop:
+        cli(["--model", f"local-dir:{tmp_path}/last", "--dataset", str(tiny_dataset)])
+    assert "holds no model (config.json and model.safetensors); train it first" in str(
+        stop.value.code
+    )
 
 
 def test_a_model_of_other_classes_is_refused(student_run, capsys):

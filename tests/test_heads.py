@@ -5,7 +5,7 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from gld_zoo import GlobalLocal, global_local_logits
+from gld_zoo import GlobalLocal, global_local_logits, heads
 
 CNNS = ["resnet18", "convnext_atto", "efficientnet_b0", "mobilenetv3_small_100", "regnetx_002"]
 
@@ -61,6 +61,22 @@ def test_grid_that_does_not_divide_the_map_pools_adaptively():
         (2, 3)
     )  # rows and columns 0 to 3 of 7
     torch.testing.assert_close(logits[:, 1], model.fc(first), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("height", "width", "grid"), [(7, 7, 2), (7, 5, 3), (8, 7, 4), (7, 7, 7)])
+def test_cells_are_those_of_torchs_adaptive_pooling(height, width, grid):
+    model = timm.create_model("gld_resnet20", num_classes=3).double().eval()
+    features = torch.randn(2, 64, height, width, dtype=torch.float64, requires_grad=True)
+    pooled = torch.nn.functional.adaptive_avg_pool2d(features, grid).flatten(2).mT
+    expected = torch.cat([features.mean((2, 3))[:, None], pooled], 1)
+    ours = heads._head_rows(model, features, grid)
+    torch.testing.assert_close(ours, model.fc(expected), rtol=1e-12, atol=1e-12)
+    weights = torch.randn_like(ours)
+    gradients = [
+        torch.autograd.grad((weights * rows).sum(), features, retain_graph=True)[0]
+        for rows in (ours, model.fc(expected))
+    ]
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
 
 
 def test_wrapper_equals_the_function_and_owns_no_parameter():

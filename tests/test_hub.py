@@ -37,6 +37,13 @@ def test_config_holds_preprocessing_and_names_and_no_second_num_classes(tmp_path
     assert resolved["crop_pct"] == 0.9
 
 
+def test_weights_do_not_go_by_the_tag_of_those_that_ship(tmp_path):
+    save_pretrained(timm.create_model("gld_wrn16_1"), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["architecture"] == "gld_wrn16_1"
+    assert "tag" not in config["pretrained_cfg"]
+
+
 def test_wrong_number_of_names_writes_nothing(tmp_path):
     with pytest.raises(ValueError, match="3 label_names for a model of 5 classes"):
         save_pretrained(

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -105,17 +106,106 @@ def interruptible():
     signal.signal(signal.SIGINT, before)
 
 
-def test_the_second_signal_is_not_held_back(interruptible):
+def test_the_second_ctrl_c_is_not_held_back(interruptible, monkeypatch):
     class Alone:
         num_processes = 1
 
     with Interruption(Alone(), max_minutes=None, checkpoint_minutes=1) as interruption:
         handler = signal.getsignal(signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # the same key, passed on by a launcher
         assert interruption.due(3) == (True, True)
-        assert signal.getsignal(signal.SIGINT) != handler
+        assert signal.getsignal(signal.SIGINT) == handler
+        monkeypatch.setattr("interruption.ONE_KEYPRESS", 0.0)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_sigterm_sent_again_does_not_end_the_run_before_its_checkpoint(interruptible):
+    class Alone:
+        num_processes = 1
+
+    with Interruption(Alone(), max_minutes=None, checkpoint_minutes=1) as interruption:
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+            os.kill(os.getpid(), number)
+        assert interruption.due(3) == (True, True)
+        assert interruption.cause in ("SIGTERM", "SIGINT")
+
+
+@pytest.mark.slow
+def test_a_batch_systems_signal_to_launcher_and_processes_writes_a_checkpoint(
+    tiny_dataset, tmp_path
+):
+    """The launcher passes SIGTERM on to processes that have had it."""
+    run = tmp_path / "run"
+    command = ["torch.distributed.run", "--nproc_per_node", 2, "--", CHECKOUT / "train/distill.py"]
+    options = [*SMALL_RUN, "--dataset", tiny_dataset, "--epochs", 500, "--run", run]
+    process = subprocess.Popen(
+        [sys.executable, "-m", *map(str, [*command, *options])],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env=dict(os.environ, PYTHONPATH=str(CHECKOUT), OMP_NUM_THREADS="1"),
+    )
+    while not list(run.glob("checkpoints/epoch-00002")):
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert "stopped by SIGTERM" in output
+    assert "go on with --resume" in output
+
+
+def test_a_folder_in_use_is_refused_with_its_holder(student_run, tmp_path, distill):
+    run = tmp_path / "run"
+    run.mkdir()
+    holder = "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; import disk;"
+    holder += "held = disk.lock(Path(sys.argv[2])); print('held', flush=True); input()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", holder, str(CHECKOUT / "train"), str(run / ".lock")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "held\n"
+    options = ["--config", student_run / "recipe.yaml", "--run", run]
+    output = distill(*options, fails=True)
+    assert f"is in use by process {process.pid} on " in output
+    assert not (run / "recipe.yaml").exists()
+    process.communicate("\n")
+    distill(*options, "--max_minutes", 0)
+    assert (run / "recipe.yaml").exists()
+
+
+def test_an_unreadable_image_met_in_an_epoch_costs_no_finished_step(
+    student_run, rows, tmp_path, distill
+):
+    columns = {key: list(column) for key, column in rows["train"].items()}
+    columns["img"][37] = {"bytes": b"no image", "path": None}
+    folder = write_dataset(tmp_path / "set", dict(train=columns, test=rows["test"]))
+    run = tmp_path / "run"
+    options = [*SMALL_RUN, "--dataset", folder, "--in_memory", "false", "--workers", 0]
+    options += ["--batch_size", 4, "--run", run]
+    output = distill(*options, fails=True)
+    assert "row 37 of split 'train'" in output
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    step = int(checkpoint.name.rpartition("-")[2])
+    assert step > 0
+    write_dataset(tmp_path / "set", rows)  # mended
+    output = distill(*options, "--resume")
+    assert f"after 0 epochs and {step} steps" in output
+    distill(*options[:-1], tmp_path / "whole")
+    assert_same_result(run, tmp_path / "whole")
+
+
+def test_a_stream_goes_on_with_as_many_workers_alone(rows, tmp_path, distill):
+    folder = write_dataset(tmp_path / "data", rows)
+    options = [*SMALL_RUN, "--dataset", folder, "--streaming", "true", "--train_images", 64]
+    options += ["--run", tmp_path / "run"]
+    distill(*options, "--workers", 0, "--max_minutes", 0)
+    output = distill(*options, "--workers", 1, "--resume", fails=True)
+    assert "workers: 1 here, 0 there" in output
 
 
 def test_a_full_disk_ends_the_run_and_loses_nothing(student_run, tmp_path, distill):
@@ -161,6 +251,16 @@ def test_a_held_out_part_selects_best_and_leaves_the_test_split_to_the_end(
     assert summary["best_epoch_split"] == "val"
     assert {"top1", "best_top1"} <= summary.keys()
     assert (run / "best" / "model.safetensors").is_file()
+
+
+def test_a_run_whose_best_is_lost_ends_all_the_same(tiny_dataset, tmp_path, distill):
+    run = tmp_path / "run"
+    options = [*SMALL_RUN, "--dataset", tiny_dataset, "--val_fraction", 0.25, "--run", run]
+    distill(*options)
+    (run / "summary.json").unlink()
+    shutil.rmtree(run / "best")
+    assert "best/ is not measured" in distill(*options, "--resume")
+    assert json.loads((run / "summary.json").read_text())["best_top1"] is None
 
 
 def test_the_classifier_alone_is_trained_when_asked(teacher_run, tiny_dataset, tmp_path, distill):

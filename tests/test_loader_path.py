@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import subprocess
 import sys
 
@@ -176,6 +177,19 @@ def test_a_stream_shows_each_image_once_an_epoch_and_each_process_its_own(stream
             images, _ = collect(batches.epoch(0))
             seen += [tuple(image.flatten().tolist()) for image in images.flatten(0, 1)]
         assert len(set(seen)) == 64
+
+
+def test_an_unreadable_image_of_a_stream_is_named_by_what_the_stream_tells(tmp_path, rows):
+    columns = {key: list(column[:32]) for key, column in rows["train"].items()}
+    columns["img"][21] = {"bytes": b"no image", "path": "broken.png"}
+    folder = write_dataset(tmp_path, dict(train=columns, test=rows["test"]))
+    source = ImageSource(str(folder), streaming=True)
+    with pytest.raises(DataError) as error:
+        list(streamed(source, count=32).epoch(0))
+    place, file = r"image \d+ of the shuffled stream of split 'train' of ", "file broken.png"
+    assert re.match(place, str(error.value))
+    assert file in str(error.value)
+    assert "row" not in str(error.value)
 
 
 def test_a_stream_without_a_count_says_what_to_set(stream):

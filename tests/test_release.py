@@ -1,5 +1,6 @@
 """Releasing runs: what is written is what was trained, and mistakes are refused."""
 
+import hashlib
 import json
 import shutil
 
@@ -11,11 +12,19 @@ import release
 
 
 @pytest.fixture
-def package(tmp_path, monkeypatch):
+def package(tmp_path, monkeypatch, teacher_run):
     (tmp_path / "weights").mkdir()
     (tmp_path / "data").symlink_to(release.PACKAGE / "data")
     monkeypatch.setattr(release, "PACKAGE", tmp_path)
+    monkeypatch.setattr(release, "RESULTS", tmp_path / "results.json")
+    on_record(tmp_path, "gld_wrn16_2.theirs", teacher_run)
     return tmp_path
+
+
+def on_record(package, name, run):
+    digest = hashlib.sha256((run / "last" / "model.safetensors").read_bytes()).hexdigest()
+    results = dict(weights={}, runs={name: dict(sha256=digest, file=None, runs=[])}, setups={})
+    (package / "results.json").write_text(json.dumps(results))
 
 
 def released(runs, dataset, **options):
@@ -28,7 +37,10 @@ def test_a_shipped_file_is_measured_and_kept_with_its_log(student_run, tiny_data
     entry = released([student_run], tiny_dataset)
     summary = json.loads((student_run / "summary.json").read_text())
     assert entry["runs"][0]["top1"] == pytest.approx(summary["top1"], abs=0.01)
-    assert entry["changes"] == dict(batch_size=16, epochs=2, lr=0.05)
+    assert entry["changes"] == dict(batch_size=16, epochs=2, lr=0.05, teacher="gld_wrn16_2.theirs")
+    assert entry["teacher"] == dict(summary["teacher"], name="gld_wrn16_2.theirs")
+    assert entry["dataset"] == tiny_dataset.name
+    assert entry["train_images"] == 64
     assert entry["file"] == "gld_wrn16_1.mine.safetensors"
     log = (package / "weights" / "gld_wrn16_1.mine.metrics.jsonl").read_text()
     assert log == (student_run / "metrics.jsonl").read_text()
@@ -72,5 +84,38 @@ def test_runs_that_do_not_belong_are_refused(
     shutil.copytree(student_run, wrong)
     summary = json.loads((wrong / "summary.json").read_text())
     (wrong / "summary.json").write_text(json.dumps(dict(summary, top1=99.0)))
+    released([student_run], tiny_dataset)
+    before = {path: path.read_bytes() for path in (package / "weights").iterdir()}
     with pytest.raises(ValueError, match=r"its log says 99\.00"):
         released([wrong], tiny_dataset)
+    assert {path: path.read_bytes() for path in (package / "weights").iterdir()} == before
+    on_record(package, "gld_wrn16_2.another", student_run)
+    with pytest.raises(ValueError, match="results.json does not hold; release the teacher first"):
+        released([student_run], tiny_dataset)
+
+
+def test_a_teacher_loaded_from_float16_is_known_by_its_tag(teacher_run, package):
+    """Students of the zoo's large teachers are distilled from the files that ship."""
+    import timm
+
+    from models import weights_sha256
+
+    file = teacher_run / "last" / "model.safetensors"
+    (package / "weights" / "half").mkdir()
+    release._copy(file, package / "weights" / "half", float16=True)
+    overlay = dict(file=str(package / "weights" / "half" / file.name), num_classes=4)
+    model = timm.create_model("gld_wrn16_1", pretrained=True, pretrained_cfg_overlay=overlay)
+    entry = dict(sha256="of the file", file=f"half/{file.name}", runs=[])
+    results = dict(weights={"gld_wrn16_1.half": entry}, runs={})
+    (package / "results.json").write_text(json.dumps(results))
+    teacher = dict(name="gld_wrn16_1.half", sha256=weights_sha256(model), top1=1.0)
+    assert release.teacher_on_record(teacher) == teacher
+
+
+def test_a_name_is_a_weight_or_a_run():
+    results = dict(weights={}, runs={"x.y": {}}, setups=dict(b=dict()))
+    release.record(results, "x.y", dict(file="x.y.safetensors"), "b", "gld")
+    assert (list(results["weights"]), list(results["runs"])) == (["x.y"], [])
+    assert results["setups"]["b"]["gld"]["weights"] == "x.y"
+    release.record(results, "x.y", dict(file=None), "b", "gld")
+    assert (list(results["weights"]), list(results["runs"])) == ([], ["x.y"])

@@ -86,6 +86,8 @@ class Transforms:
         crop_padding: Border in pixels.
         crop_scale: Smallest and largest part of the area.
         crop_pct: Share of the resized image's side that the centre crop keeps when measuring.
+        squash: Resize to a square when measuring, whatever the image's proportions (timm's crop
+            mode of that name), instead of by the shorter side.
         flip: Mirror half of the training images.
     """
 
@@ -95,6 +97,7 @@ class Transforms:
     crop_padding: int = 4
     crop_scale: tuple[float, ...] = (0.08, 1.0)
     crop_pct: float = 1.0
+    squash: bool = False
     flip: bool = True
 
     @property
@@ -102,16 +105,18 @@ class Transforms:
         name = self.interpolation
         return v2.InterpolationMode("bilinear" if name == "random" else name)
 
-    def fit(self, crop_pct: float = 1.0) -> v2.Compose:
-        """Resize by the shorter side and crop at the centre."""
-        resized = math.floor(self.size / crop_pct)
-        return v2.Compose(
-            [v2.Resize(resized, self._mode), v2.CenterCrop(self.size), v2.PILToTensor()]
-        )
+    def fit(self) -> v2.Compose:
+        """Return the transform of images to crop later: by the shorter side, at the centre."""
+        return self._resize_and_crop(self.size)
 
     def measuring(self) -> v2.Compose:
         """Return the transform of images to measure on."""
-        return self.fit(self.crop_pct)
+        side = math.floor(self.size / self.crop_pct)
+        return self._resize_and_crop((side, side) if self.squash else side)
+
+    def _resize_and_crop(self, size: int | tuple[int, int]) -> v2.Compose:
+        steps = [v2.Resize(size, self._mode), v2.CenterCrop(self.size), v2.PILToTensor()]
+        return v2.Compose(steps)
 
     def training(self) -> v2.Compose:
         """Return the random transform of images to train on."""

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from disk import flush, sha256, writing
+from disk import DiskError, flush, replace_folder, sha256, writing
 
 
 class CheckpointError(ValueError):
@@ -47,14 +47,14 @@ def save_checkpoint(
     with writing(folder / name):
         try:
             _write(temporary, tensors, state)
-            shutil.rmtree(folder / name, ignore_errors=True)
-            temporary.rename(folder / name)
-            flush(folder)
+            replace_folder(temporary, folder / name)
         except (OSError, SafetensorError):
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-    for old in [*list_checkpoints(folder)[:-keep], *folder.glob(".*.partial")]:
-        shutil.rmtree(old)
+        for old in list_checkpoints(folder)[:-keep]:
+            old.rename(folder / f".{old.name}.partial")  # never half a checkpoint by its name
+        for old in folder.glob(".*.partial"):
+            shutil.rmtree(old)
 
 
 def _write(
@@ -92,6 +92,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dic
 
     Raises:
         CheckpointError: If a file is missing or not what was written.
+        DiskError: If the disk does not give what it holds.
     """
     try:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
@@ -105,14 +106,17 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dic
             )
         tensors = {Path(name).stem: load_file(path / name) for name in hashes}
     except (
-        OSError,
+        FileNotFoundError,
         KeyError,
         AttributeError,
+        TypeError,
         json.JSONDecodeError,
         UnicodeDecodeError,
         SafetensorError,
     ) as error:
         raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+    except OSError as error:  # it may pass: no reason to give a checkpoint up
+        raise DiskError(f"cannot read {path}: {error.strerror}; nothing was changed") from error
     return tensors, state
 
 

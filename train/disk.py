@@ -1,18 +1,30 @@
-"""Files that are whole or absent, and what to say when the disk refuses."""
+"""Files that are whole or absent, locks, and what to say when the disk refuses."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import os
+import platform
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from safetensors import SafetensorError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 
 class DiskError(RuntimeError):
-    """Something could not be written; the message names it, the reason and the remedy."""
+    """Something could not be written or read; the message names it and the reason."""
+
+
+class HeldError(RuntimeError):
+    """Another process holds a lock; the message says which."""
 
 
 @contextlib.contextmanager
@@ -27,8 +39,7 @@ def writing(path: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise DiskError(
-            f"cannot write {path}: {reason}; what was written before is untouched: mend the disk "
-            "and go on with --resume"
+            f"cannot write {path}: {reason}; what was written before is untouched"
         ) from error
 
 
@@ -54,6 +65,42 @@ def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def replace_folder(temporary: Path, folder: Path) -> None:
+    """Give a whole folder its name; an earlier one of that name goes once it stands there."""
+    old = folder.with_name(f".{folder.name}.old.partial")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    temporary.rename(folder)
+    flush(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def lock(path: Path) -> IO[str]:
+    """Lock a file for as long as this process lives, or the returned file is open.
+
+    Raises:
+        HeldError: If another process holds it.
+    """
+    file = path.open("a+", encoding="utf-8")
+    if fcntl is None:
+        return file
+    try:
+        # of the process, not inherited by workers: they may outlive one that was killed
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        file.seek(0)
+        holder = file.read().strip()
+        file.close()
+        raise HeldError(holder or "another process") from error
+    except OSError:  # a file system without locks
+        return file
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    return file
 
 
 def flush(path: Path) -> None:

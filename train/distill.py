@@ -23,11 +23,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
+from curves import measured_split
 from disk import DiskError
 from interruption import Interruption, Stopped
 from models import ModelError
 from recipe import Recipe, parse_command
-from run_folder import RunError, RunFolder, measured_split
+from run_folder import RunError, RunFolder
 from sources import DataError
 from totals import NonFiniteLossError
 from trainer import Trainer
@@ -172,7 +173,9 @@ def cli(arguments: list[str] | None = None) -> None:
     command = parse_command(__doc__.splitlines()[0], arguments)
     try:
         main(command.recipe, command.run, resume=command.resume)
-    except (DataError, DiskError, ModelError, NonFiniteLossError, RunError) as error:
+    except DiskError as error:
+        sys.exit(f"error: {error}; mend the disk and go on with --resume, or name another --run")
+    except (DataError, ModelError, NonFiniteLossError, RunError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -92,9 +92,10 @@ def evaluate(
     classes = len(source.label_names)
     model = create_teacher(resolve_name(name), classes, device, role="model")
     config = resolve_model_data_config(model)
-    size = image_size or config["input_size"][-1]
-    mean, std = config["mean"], config["std"]
-    transforms = Transforms(size, config["interpolation"], crop_pct=config["crop_pct"])
+    size, mean, std = square_size(config, image_size), config["mean"], config["std"]
+    check_takes(name, model, size, device)
+    missing = missing_local_rows(model, size, grid, device)
+    transforms = measuring_transforms(config, size)
     batches = eval_batches(
         source.test,
         transforms,
@@ -104,7 +105,7 @@ def evaluate(
         workers=workers,
         in_memory=not workers,
     )
-    scores = predict(model, batches, grid)
+    scores = predict(model, batches, 0 if missing else grid)
     result: dict[str, Any] = dict(
         model=name,
         dataset=source.name,
@@ -112,7 +113,7 @@ def evaluate(
         image_size=size,
         top1=scores.top(1),
         top5=scores.top(5),
-        local_top1=[scores.top(1, row) for row in range(1, scores.logits.shape[1])],
+        local_top1=missing or [scores.top(1, row) for row in range(1, scores.logits.shape[1])],
         calibration_error=scores.calibration_error(),
         parameters=sum(weight.numel() for weight in model.parameters()),
         macs=count_macs(model, size, device),
@@ -125,6 +126,64 @@ def evaluate(
             teacher=teacher, teacher_top1=theirs.top(1), agreement=scores.agreement(theirs)
         )
     return result
+
+
+def square_size(config: dict[str, Any], image_size: int | None) -> int:
+    """Return the side of a model's images in pixels: the one asked for, or its cfg's.
+
+    Raises:
+        ModelError: If its cfg has other images than square ones and no size is asked for.
+    """
+    height, width = config["input_size"][1:]
+    if image_size is None and height != width:
+        raise ModelError(
+            f"the model's images are {height}x{width}, and only square ones are supported; choose "
+            "a side by --image_size"
+        )
+    return image_size or width
+
+
+def measuring_transforms(config: dict[str, Any], size: int) -> Transforms:
+    """Return how a model's images are prepared, as its cfg says.
+
+    Raises:
+        ModelError: If its cfg asks for a crop mode that is not supported.
+    """
+    mode = config.get("crop_mode", "center")
+    if mode not in ("center", "squash"):
+        raise ModelError(
+            f"the model's cfg asks for crop_mode={mode!r}; supported are 'center' and 'squash'"
+        )
+    return Transforms(
+        size, config["interpolation"], crop_pct=config["crop_pct"], squash=mode == "squash"
+    )
+
+
+@torch.no_grad()
+def check_takes(name: str, model: Any, size: int, device: torch.device) -> None:
+    """Refuse a size of images that a model cannot take before they are read.
+
+    Raises:
+        ModelError: If it cannot.
+    """
+    try:
+        model(torch.zeros(1, 3, size, size, device=device))
+    except (ValueError, RuntimeError, AssertionError) as error:
+        raise ModelError(
+            f"model {name!r} cannot take {size}x{size} images: {error}; choose another --image_size"
+        ) from error
+
+
+@torch.no_grad()
+def missing_local_rows(model: Any, size: int, grid: int, device: torch.device) -> str | None:
+    """Return why a model has no local rows; None if it has, or if `grid` is 0."""
+    if not grid:
+        return None
+    try:
+        global_local_logits(model, torch.zeros(1, 3, size, size, device=device), grid)
+    except ValueError as error:
+        return f"none: {error}"
+    return None
 
 
 @torch.no_grad()
@@ -152,8 +211,16 @@ def count_macs(model: Any, size: int, device: torch.device) -> int:
 
 
 def resolve_name(name: str) -> str:
-    """Return what timm loads: a run folder's `last/`, or the name itself."""
-    return f"local-dir:{name}/last" if (Path(name) / "last" / "config.json").is_file() else name
+    """Return what timm loads: a run folder's `last/`, or the name itself.
+
+    Raises:
+        ModelError: If a run folder holds no finished run.
+    """
+    if (Path(name) / "last" / "config.json").is_file():
+        return f"local-dir:{name}/last"
+    if (Path(name) / "recipe.yaml").is_file():
+        raise ModelError(f"{name} holds no finished run; go on with it by --resume")
+    return name
 
 
 def table(result: dict[str, Any]) -> str:

@@ -146,8 +146,8 @@ def _images(dataset: str, rows: list[int]) -> tuple[ImageSource, Split]:
     source = ImageSource(dataset)
     chosen = torch.zeros(len(source.test), dtype=torch.bool)
     chosen[rows] = True
-    test = source.test._select(chosen)
-    size = test.read(test.table[0][test.image_column], rows[0]).width
+    test = source.test.select(chosen)
+    size = test.read(test.table[0][test.image_column], test.place(0)).width
     return source, decode(test, Transforms(size).fit(), size)
 
 

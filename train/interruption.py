@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 import time
@@ -13,6 +14,7 @@ from accelerate import Accelerator
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 CHECK_EVERY = 20  # steps between the processes' agreements on it
+ONE_KEYPRESS = 1.0  # seconds in which launchers pass the same Ctrl-C on
 
 
 class Stopped(Exception):
@@ -23,8 +25,9 @@ class Interruption:
     """A context that notices SIGTERM, Ctrl-C and a time limit, and when a checkpoint is due.
 
     Several processes agree every `CHECK_EVERY` steps and at each epoch's end, so that all stop at
-    the same one; a single process stops at the next step. The limit counts from here. After the
-    first signal the handlers of before are back: a second Ctrl-C ends the program at once.
+    the same one; a single process stops at the next step. The limit counts from here. SIGTERM may
+    come again, as from a launcher that passes on what its processes got too; Ctrl-C pressed a
+    second time ends the program at once.
 
     Args:
         accelerator: The processes that must agree.
@@ -40,6 +43,7 @@ class Interruption:
         self.interval = 60 * checkpoint_minutes
         self.saved = time.monotonic()
         self.reason: str | None = None
+        self._noticed = -math.inf
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interruption:
@@ -57,8 +61,16 @@ class Interruption:
         self._before.clear()
 
     def _notice(self, number: int, _: FrameType | None) -> None:
-        self.reason = signal.Signals(number).name
-        self._restore()
+        now = time.monotonic()
+        if number != signal.SIGINT:
+            self.reason = self.reason or signal.Signals(number).name
+        elif now - self._noticed <= ONE_KEYPRESS:
+            return
+        elif self._noticed > -math.inf:
+            self._restore()
+            signal.raise_signal(signal.SIGINT)
+        else:
+            self.reason, self._noticed = "SIGINT", now
 
     def due(self, step: int) -> tuple[bool, bool]:
         """Tell after a step whether to write a checkpoint, and whether to stop after that."""

@@ -24,7 +24,14 @@ from timm.data import resolve_model_data_config
 
 from batches import EvalBatches, Normalize, Share, Transforms
 from disk import DiskError, write_text
-from evaluate import add_source_options, open_source, resolve_name, table
+from evaluate import (
+    add_source_options,
+    check_takes,
+    open_source,
+    resolve_name,
+    square_size,
+    table,
+)
 from loaders import eval_batches
 from models import ModelError, create_frozen
 from sources import DataError, ImageSource, Rows
@@ -62,7 +69,8 @@ def linear_probe(
     """
     model = create_frozen(resolve_name(name), device)
     config = resolve_model_data_config(model)
-    size = image_size or config["input_size"][-1]
+    size = square_size(config, image_size)
+    check_takes(name, model, size, device)
     transforms = Transforms(size, config["interpolation"])
     normalize = Normalize(config["mean"], config["std"], device)
 

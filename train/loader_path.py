@@ -217,7 +217,7 @@ class _Images(Dataset):
 
     def _sample(self, epoch: int, row: int, item: dict[str, Any]) -> Sample | DataError:
         try:
-            image = self.rows.read(item, self.rows.number(row))
+            image = self.rows.read(item, self.rows.place(row))
         except DataError as error:
             return error
         seed = derive_seed(self.seed, epoch, row)
@@ -258,14 +258,22 @@ class _StreamedImages(IterableDataset):
         return split_dataset_by_node(table, self.share.rank, self.share.world_size)
 
     def _sample(self, item: dict[str, Any], key: tuple[int, ...]) -> Sample | DataError:
-        label, row = item[self.rows.label_column], key[-1]
-        if label is None or not 0 <= label < self.rows.classes:
-            return self.rows.label_error(row, label)
+        label, encoded = item[self.rows.label_column], item[self.rows.image_column]
         try:
-            image = self.rows.read(item[self.rows.image_column], row)
+            if label is None or not 0 <= label < self.rows.classes:
+                raise self.rows.label_error(self._place(encoded, key), label)
+            image = self.rows.read(encoded, self._place(encoded, key))
         except DataError as error:
             return error
         return _transform(self.transform, image, derive_seed(self.seed, *key)), label
+
+    def _place(self, encoded: dict[str, Any], key: tuple[int, ...]) -> str:
+        """Return what a stream tells of where an image was: no row, but a file where it has one."""
+        epoch, rank, worker, count = key
+        order = "shuffled stream" if self.buffer else "stream"
+        reader = f"worker {worker} of process {rank}, epoch {epoch + 1}"
+        file = f", file {encoded['path']}" if encoded.get("path") else ""
+        return f"image {count + 1} of the {order} of {self.rows.where} ({reader}{file})"
 
 
 def _transform(transform: v2.Compose, image: Any, seed: int) -> torch.Tensor:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
 from typing import Any, cast
 
 import timm
 import torch
 import torch.nn as nn
 from huggingface_hub.errors import HfHubHTTPError
+from safetensors.torch import save
 from timm.data import resolve_model_data_config
 
 from gld_zoo import GlobalLocal
@@ -86,7 +89,19 @@ def create_teacher(
     return teacher
 
 
+def weights_sha256(model: nn.Module) -> str:
+    """Return the hash of the file that `save_pretrained` writes of a model's weights."""
+    tensors = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
+    return hashlib.sha256(save(tensors, metadata={"format": "pt"})).hexdigest()
+
+
 def _create(role: str, name: str, device: torch.device, **kwargs: Any) -> Any:
+    folder = Path(name.removeprefix("local-dir:"))
+    if name.startswith("local-dir:") and not (folder / "config.json").is_file():
+        raise ModelError(
+            f"{role}={name!r}: {folder} holds no model (config.json and model.safetensors); train "
+            "it first, or name another"
+        )
     try:
         model = timm.create_model(name, **kwargs)
     except (RuntimeError, ValueError, OSError, HfHubHTTPError) as error:

@@ -78,7 +78,10 @@ class Recipe:
         None, "decode the images once and keep them on the device; null: if they fit in 8 GiB"
     )
     workers: int = option(
-        2, "processes that read images where they are not in memory", decides=False
+        2,
+        "processes that read images where they are not in memory, for training and for each split "
+        "measured; their number decides the order of a stream",
+        decides=False,
     )
     streaming: bool = option(False, "read the dataset in order from the hub, without a local copy")
     shuffle_buffer: int = option(10_000, "encoded images that a stream is shuffled over")
@@ -188,6 +191,8 @@ class Recipe:
     def differences(self, other: Recipe) -> list[str]:
         """Describe in which options that decide the result another recipe differs, one each."""
         names = [field.name for field in dataclasses.fields(self) if field.metadata["decides"]]
+        if self.streaming:
+            names.append("workers")
         pairs = ((name, getattr(self, name), getattr(other, name)) for name in names)
         return [
             f"{name}: {mine} here, {theirs} there" for name, mine, theirs in pairs if mine != theirs

@@ -1,10 +1,10 @@
-r"""Record finished runs in results.json; with --ship, take the first weights into the package.
+r"""Record finished runs in results.json; with --ship, take the first one's weights in too.
 
     python train/release.py runs/X runs/X-seed1 --name gld_wrn16_1.wrn16_2_cifar100 --ship \
         --recipe cifar100_wrn16_2_wrn16_1 --setup b --role gld --test_set uoft-cs/cifar100
 
-Several runs are the seeds of one row. Then register a shipped tag in the model's file and run
-`python train/card.py`.
+Several runs are the seeds of one row. A teacher of this zoo is recorded first. Then
+register a shipped tag in the model's file and run `python train/card.py`.
 """
 
 from __future__ import annotations
@@ -13,17 +13,19 @@ import dataclasses
 import hashlib
 import json
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
 import timm
 import torch
 from jsonargparse import ArgumentParser
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from timm.task import ClassificationEvaluator
 
 import gld_zoo  # noqa: F401  registers the models
 from batches import Normalize, Share, Transforms
+from disk import sha256
 from loaders import eval_batches
 from models import resolve_data_config
 from recipe import Recipe
@@ -48,6 +50,8 @@ def release(
 ) -> dict[str, Any]:
     """Copy finished runs' log, and weights to ship, into the package; return the row's entry.
 
+    Nothing in the package is touched before all of it has been checked.
+
     Args:
         runs: Finished run folders that differ in their seed; the first one's file is taken.
         name: Architecture and tag of the weights.
@@ -58,7 +62,8 @@ def release(
 
     Raises:
         ValueError: If a run is not finished, its student is not the named architecture, runs differ
-            in more than their seed, or the file does not score what the run's log says.
+            in more than their seed, the teacher's weights are not on record, or the file does not
+            score what the run's log says.
     """
     recipes = [_load(run, name.split(".")[0]) for run in runs]
     recipe, run = recipes[0], runs[0]
@@ -66,31 +71,35 @@ def release(
         different = dataclasses.replace(other, seed=recipe.seed).differences(recipe)
         if different:
             raise ValueError(f"{path} is a run of another recipe: {'; '.join(different)}")
-    file = run / "last" / "model.safetensors"
-    log = PACKAGE / "weights" / f"{name}.metrics.jsonl"
-    shutil.copyfile(run / "metrics.jsonl", log)
-    if ship:
-        file = _copy(file, log.with_name(f"{name}.safetensors"), float16=float16)
-    overlay = dict(file=str(file), num_classes=_classes(run))
-    model = timm.create_model(recipe.student, pretrained=True, pretrained_cfg_overlay=overlay)
-    config = resolve_data_config(model.eval(), recipe.image_size, recipe.crop_pct)
+    published = Recipe.load(CHECKOUT / "train" / "recipes" / f"{recipe_name}.yaml")
     summaries = [json.loads((path / "summary.json").read_text(encoding="utf-8")) for path in runs]
-    scores, images = measure(model, config, test_set)
-    if abs(scores["top1"] - summaries[0]["top1"]) > (0.05 if float16 else 0.01):
-        raise ValueError(
-            f"{name} scores {scores['top1']:.2f} %, its log says {summaries[0]['top1']:.2f}"
-        )
-    summaries[0].update(scores)  # those of the very file
-    if ship:
-        logits = json.dumps(stored_logits(model, config)) + "\n"
-        log.with_name(f"{name}.logits.json").write_text(logits, encoding="utf-8")
+    teacher = teacher_on_record(summaries[0]["teacher"])
+    with tempfile.TemporaryDirectory() as folder:
+        file = _copy(run / "last" / "model.safetensors", Path(folder), float16=float16 and ship)
+        digest = sha256(file)
+        overlay = dict(file=str(file), num_classes=_classes(run))
+        model = timm.create_model(recipe.student, pretrained=True, pretrained_cfg_overlay=overlay)
+        config = resolve_data_config(model.eval(), recipe.image_size, recipe.crop_pct)
+        scores, images = measure(model, config, test_set)
+        if abs(scores["top1"] - summaries[0]["top1"]) > (0.05 if float16 else 0.01):
+            raise ValueError(
+                f"{name} scores {scores['top1']:.2f} %, its log says {summaries[0]['top1']:.2f}"
+            )
+        summaries[0].update(scores)  # those of the very file
+        log = PACKAGE / "weights" / f"{name}.metrics.jsonl"
+        shutil.copyfile(run / "metrics.jsonl", log)
+        if ship:
+            shutil.copyfile(file, log.with_name(f"{name}.safetensors"))
+            logits = json.dumps(stored_logits(model, config)) + "\n"
+            log.with_name(f"{name}.logits.json").write_text(logits, encoding="utf-8")
     environments = [json.loads((path / "env.json").read_text(encoding="utf-8")) for path in runs]
     environment = environments[0]
-    published = Recipe.load(CHECKOUT / "train" / "recipes" / f"{recipe_name}.yaml")
     return dict(
-        teacher=published.teacher,
+        teacher=teacher,
+        dataset=Path(summaries[0]["dataset"]).name,
+        train_images=summaries[0]["train_images"],
         recipe=recipe_name,
-        changes=changes(recipe, published),
+        changes=changes(recipe, published, teacher),
         epochs=recipe.epochs,
         schedule=f"SGD, batch {recipe.batch_size}, lr {recipe.lr:g} x{recipe.lr_decay:g} at "
         + " and ".join(f"{drop:.0%}" for drop in recipe.lr_drops),
@@ -99,8 +108,8 @@ def release(
         hardware=f"{environment['device']}, {environment['processor']}",
         versions=environment["versions"],
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        file=file.name if ship else None,
-        sha256=hashlib.sha256(file.read_bytes()).hexdigest(),
+        file=f"{name}.safetensors" if ship else None,
+        sha256=digest,
         runs=[
             dict(
                 seed=each.seed,
@@ -110,8 +119,11 @@ def release(
                 best_epoch_top1=summary["best_epoch_top1"],
                 hours=round(summary["seconds"] / 3600, 2),
                 commit=environment["commit"],
+                sha256=sha256(path / "last" / "model.safetensors"),
             )
-            for each, summary, environment in zip(recipes, summaries, environments, strict=True)
+            for each, summary, environment, path in zip(
+                recipes, summaries, environments, runs, strict=True
+            )
         ],
     )
 
@@ -129,7 +141,63 @@ def _classes(run: Path) -> int:
     return json.loads((run / "last" / "config.json").read_text(encoding="utf-8"))["num_classes"]
 
 
-def _copy(source: Path, target: Path, *, float16: bool) -> Path:
+def teacher_on_record(teacher: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return the teacher that a run was distilled from, by the name its weights have in the zoo.
+
+    Raises:
+        ValueError: If it is a local model whose weights are not on record.
+    """
+    if teacher is None:
+        return None
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    for name, entry in (results["weights"] | results["runs"]).items():
+        if teacher["sha256"] in _hashes(entry):
+            return dict(teacher, name=name)
+    if teacher["name"].startswith(("local-dir:", "gld_")):
+        digits = teacher["sha256"][:12]
+        raise ValueError(
+            f"teacher {teacher['name']} has weights of sha256 {digits}..., which results.json does "
+            "not hold; release the teacher first"
+        )
+    return teacher
+
+
+def _hashes(entry: dict[str, Any]) -> set[str]:
+    """Return the hashes of an entry's weights: of the file, as trained, and as loaded."""
+    hashes = {entry["sha256"], *(run.get("sha256") for run in entry["runs"])}
+    if entry["file"]:  # perhaps in float16, which timm loads into float32
+        tensors = load_file(PACKAGE / "weights" / entry["file"])
+        widened = {
+            name: value.float() if value.dtype == torch.float16 else value
+            for name, value in tensors.items()
+        }
+        hashes.add(hashlib.sha256(save(widened, metadata={"format": "pt"})).hexdigest())
+    return hashes
+
+
+def record(
+    results: dict[str, Any], name: str, entry: dict[str, Any], setup: str, role: str
+) -> None:
+    """Put an entry where it belongs: a name is either a weight that ships or a run that does not.
+
+    Args:
+        results: The content of results.json.
+        name: Architecture and tag.
+        entry: What `release` returned.
+        setup: Row of the table.
+        role: Column.
+    """
+    shipped, recorded = results["weights"], results["runs"]
+    into, other = (shipped, recorded) if entry["file"] else (recorded, shipped)
+    other.pop(name, None)
+    into[name] = entry
+    row = results["setups"][setup]
+    row.setdefault(role, dict(model=name.split(".")[0], paper_top1=None))
+    row[role]["weights"] = name
+
+
+def _copy(source: Path, folder: Path, *, float16: bool) -> Path:
+    target = folder / source.name
     tensors = load_file(source)
     if float16:
         tensors = {
@@ -166,18 +234,30 @@ def stored_logits(model: Any, config: dict[str, Any]) -> dict[str, Any]:
     return dict(images=pixels.tolist(), logits=rounded)
 
 
-def changes(used: Recipe, published: Recipe) -> dict[str, Any]:
-    """Return the options that decide a result and that a run changed from the recipe it names."""
+def changes(
+    used: Recipe, published: Recipe, teacher: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return the options that decide a result and that a run changed from the recipe it names.
+
+    Args:
+        used: The run's options.
+        published: The recipe's.
+        teacher: The one on record, which is what counts where the options give a local folder.
+    """
     names = [
         field.name
         for field in dataclasses.fields(Recipe)
         if field.metadata["decides"] and field.name not in NOT_COMPARED
     ]
-    return {
+    different = {
         name: getattr(used, name)
         for name in names
         if getattr(used, name) != getattr(published, name)
     }
+    actual, wanted = teacher and teacher["name"], published.teacher
+    if actual != wanted and not (actual and wanted and wanted.startswith("local-dir:")):
+        different["teacher"] = actual
+    return different
 
 
 def main() -> None:
@@ -196,7 +276,6 @@ def main() -> None:
         "--float16", action="store_true", help="ship tensors of two or more dimensions in float16"
     )
     options = parser.parse_args()
-    results = json.loads(RESULTS.read_text(encoding="utf-8"))
     entry = release(
         options.runs,
         options.name,
@@ -205,10 +284,8 @@ def main() -> None:
         ship=options.ship,
         float16=options.float16,
     )
-    results["weights" if options.ship else "runs"][options.name] = entry
-    row = results["setups"][options.setup]
-    row.setdefault(options.role, dict(model=options.name.split(".")[0], paper_top1=None))
-    row[options.role]["weights"] = options.name
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    record(results, options.name, entry, options.setup, options.role)
     RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     scores = ", ".join(f"{run['top1']:.2f}" for run in entry["runs"])
     print(f"{options.name}: top-1 {scores} %, {entry['file'] or 'not shipped'}")

@@ -110,7 +110,7 @@ class Rows:
         wrong = ((labels < 0) | (labels >= self.classes)).nonzero().flatten()
         if len(wrong):
             row = int(wrong[0])
-            raise self.label_error(self.number(row), column[row], f" ({len(wrong)} such rows)")
+            raise self.label_error(self.place(row), column[row], f" ({len(wrong)} such rows)")
         return labels.to(torch.int64)
 
     def hold_out(self, fraction: float, seed: int) -> tuple[Rows, Rows]:
@@ -130,23 +130,29 @@ class Rows:
             held[rows[: min(max(1, round(fraction * len(rows))), len(rows) - 1)]] = True
         if not held.any():
             raise DataError(f"{self.where} has no class of two images, so none can be held out")
-        return self._select(~held), self._select(held)
+        return self.select(~held), self.select(held)
 
-    def _select(self, chosen: torch.Tensor) -> Rows:
+    def select(self, chosen: torch.Tensor) -> Rows:
+        """Return the rows where a mask `[rows]` is true."""
         numbers = chosen.nonzero().flatten()
         return replace(self, table=self.table.select(numbers.tolist()), numbers=numbers)
 
-    def number(self, row: int) -> int:
-        """Return a row's number in the dataset."""
-        return row if self.numbers is None else int(self.numbers[row])
+    def place(self, row: int) -> str:
+        """Return how people find a row: its number in the dataset, and the split."""
+        number = row if self.numbers is None else int(self.numbers[row])
+        return f"row {number} of {self.where}"
 
-    def read(self, item: dict[str, Any], row: int) -> PILImage.Image:
+    def read(self, item: dict[str, Any], place: str) -> PILImage.Image:
         """Decode an image, upright and RGB; 16-bit grey is scaled to 8 bits, alpha is dropped.
 
         An image of 32-bit integers counts as 16-bit if it has a value above 255.
 
+        Args:
+            item: The encoded image.
+            place: What an error calls it.
+
         Raises:
-            DataError: If it cannot be read; it names the row.
+            DataError: If it cannot be read.
         """
         try:
             image = Image().decode_example(item)
@@ -158,14 +164,14 @@ class Rows:
             return image.convert("RGB")
         except Exception as error:
             raise DataError(
-                f"row {row} of {self.where} is not a readable image ({type(error).__name__}: "
+                f"{place} is not a readable image ({type(error).__name__}: "
                 f"{error}); remove or replace it"
             ) from error
 
-    def label_error(self, row: int, label: int | None, count: str = "") -> DataError:
+    def label_error(self, place: str, label: int | None, count: str = "") -> DataError:
         """Return the error for a label outside the classes."""
         return DataError(
-            f"row {row} of {self.where} has label {label}, outside 0 to {self.classes - 1}{count}; "
+            f"{place} has label {label}, outside 0 to {self.classes - 1}{count}; "
             "remove unlabelled rows or correct them"
         )
 

@@ -42,7 +42,7 @@ def decode(rows: Rows, transform: v2.Compose, size: int) -> Split:
 
     def put(numbered: tuple[int, dict[str, Any]]) -> None:
         row, item = numbered
-        images[row] = transform(rows.read(item, rows.number(row))).permute(1, 2, 0)
+        images[row] = transform(rows.read(item, rows.place(row))).permute(1, 2, 0)
 
     with ThreadPoolExecutor() as pool:
         for _ in pool.map(put, enumerate(rows.table[rows.image_column])):

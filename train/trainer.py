@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -15,6 +14,7 @@ from timm.task import ClassificationEvaluator
 from tqdm.auto import tqdm
 
 from batches import EvalBatches, Share, derive_seed
+from build import build_models
 from checkpoints import (
     CheckpointError,
     list_checkpoints,
@@ -23,21 +23,17 @@ from checkpoints import (
     optimizer_tensors,
     save_checkpoint,
 )
-from gld_zoo import GLDLoss, GlobalLocal
+from gld_zoo import GLDLoss
 from interruption import CHECK_EVERY, Interruption, Stopped
 from loaders import load_data, open_source
 from models import (
-    GlobalOnly,
     ModelError,
-    Teacher,
-    create_student,
-    create_teacher,
-    resolve_data_config,
+    create_frozen,
     set_training_mode,
 )
 from recipe import Recipe
-from run_folder import RunError, RunFolder
-from sync_batch_norm import synchronise_batch_norm
+from run_folder import RunError, RunFolder, summarize
+from sources import DataError
 from totals import Totals
 
 BAR = "{desc} {percentage:3.0f}%|{bar:10}| {n}/{total} {elapsed}<{remaining}{postfix}"
@@ -61,30 +57,17 @@ class Trainer:
         self.run = run
         self.accelerator = accelerator
         self.source = open_source(recipe)
-        self._build_models(len(self.source.label_names))
+        self.models = build_models(recipe, len(self.source.label_names), accelerator)
+        self.student, self.teacher = self.models.student, self.models.teacher
+        self.config = self.models.config
         share = Share(accelerator.process_index, accelerator.num_processes)
         self.data = load_data(self.source, recipe, self.config, accelerator.device, share)
         self._prepare()
         self.position = (0, 0)  # epochs done, steps done of the next one
         self.totals = Totals(accelerator.device)
 
-    def _build_models(self, num_classes: int) -> None:
-        recipe, device = self.recipe, self.accelerator.device
-        torch.manual_seed(derive_seed(recipe.seed))
-        self.student = create_student(recipe.student, num_classes, device, finetune=recipe.finetune)
-        if recipe.sync_batch_norm and self.accelerator.num_processes > 1:
-            self.student = synchronise_batch_norm(self.student, device)
-        self.config = resolve_data_config(self.student, recipe.image_size, recipe.crop_pct)
-        self.teacher = None
-        if recipe.teacher:
-            model = create_teacher(recipe.teacher, num_classes, device)
-            self.teacher = Teacher(model, recipe.grid, self.config["mean"], self.config["std"])
-
     def _prepare(self) -> None:
         recipe = self.recipe
-        self.network = (
-            GlobalLocal(self.student, recipe.grid) if self.teacher else GlobalOnly(self.student)
-        )
         self.criterion = GLDLoss(
             recipe.alpha, recipe.beta, local_weight=recipe.local_weight, global_batch=True
         )
@@ -95,26 +78,9 @@ class Trainer:
             weight_decay=recipe.weight_decay,
             fused=self.accelerator.device.type in ("cpu", "cuda"),
         )
-        self._check_models()
-        if recipe.compile:
-            self.network.compile()
-            if self.teacher:
-                self.teacher.compile()
         # the loaders and the learning rate stay ours: each process takes its share of a global
         # batch by itself
-        self.network, self.optimizer = self.accelerator.prepare(self.network, optimizer)
-
-    @torch.no_grad()
-    def _check_models(self) -> None:
-        """Show both models two images: what they refuse is refused before the first epoch."""
-        images = torch.zeros((2, *self.config["input_size"]), device=self.accelerator.device)
-        try:
-            self.network.eval()(images)
-            if self.teacher:
-                self.teacher(images)
-        except (ValueError, RuntimeError, AssertionError) as error:
-            size = self.config["input_size"][-1]
-            raise ModelError(f"the models cannot take {size}x{size} images: {error}") from error
+        self.network, self.optimizer = self.accelerator.prepare(self.models.network, optimizer)
 
     def restore(self) -> None:
         """Load the newest undamaged checkpoint, if there is any."""
@@ -128,13 +94,13 @@ class Trainer:
                 continue
             self.student.load_state_dict(tensors["model"])
             load_optimizer_tensors(self.optimizer, tensors["optimizer"])
-            if self.accelerator.scaler is not None:
+            if self.accelerator.scaler is not None and state["scaler"]:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
             self.totals.load(state["totals"])
             self.position = (state["epoch"], state["step"])
             self._check_agreement()
             self.run.rewind(state["history"], self.accelerator)
-            self.run.discard(damaged, self.accelerator)
+            self.run.set_aside(damaged, self.accelerator)
             return
         self._check_agreement()
         if damaged:
@@ -240,16 +206,22 @@ class Trainer:
             disable=None if self.accelerator.is_local_main_process else True,
         )
         self.totals.start()
-        for step, (images, target) in enumerate(bar, start=start + 1):
-            # dropout and stochastic depth are the step's, wherever the run was resumed
-            torch.manual_seed(derive_seed(recipe.seed, epoch, step, rank))
-            logits, terms = self.step(images, target)
-            self.totals.add(terms, logits, target)
-            if step % CHECK_EVERY == 0 or step == len(self.data.train):
-                self.totals.check(step, epoch)
-                bar.set_postfix_str(self.postfix(epoch), refresh=False)
-            if step < len(self.data.train):
-                self._interrupt(epoch, step, interruption)
+        step = start
+        try:
+            for step, (images, target) in enumerate(bar, start=start + 1):
+                # dropout and stochastic depth are the step's, wherever the run was resumed
+                torch.manual_seed(derive_seed(recipe.seed, epoch, step, rank))
+                logits, terms = self.step(images, target)
+                self.totals.add(terms, logits, target)
+                if step % CHECK_EVERY == 0 or step == len(self.data.train):
+                    self.totals.check(step, epoch)
+                    bar.set_postfix_str(self.postfix(epoch), refresh=False)
+                if step < len(self.data.train):
+                    self._interrupt(epoch, step, interruption)
+        except DataError:  # an image that cannot be read; other processes cannot be asked
+            if step > start and self.accelerator.num_processes == 1:
+                self._checkpoint(epoch, step)
+            raise
         self.totals.stop()
 
     def step(
@@ -259,6 +231,8 @@ class Trainer:
 
         Nothing here reads a value from the device.
         """
+        if self.recipe.compile:
+            torch.compiler.cudagraph_mark_step_begin()
         logits, terms = self.forward(images, target)
         self.accelerator.backward(terms["loss"])
         self.optimizer.step()
@@ -281,13 +255,16 @@ class Trainer:
         save, stop = interruption.due(step)
         if not save:
             return
+        self._checkpoint(epoch, step)
+        interruption.written()
+        if stop:
+            raise Stopped(f"stopped by {interruption.cause} at step {step} of epoch {epoch + 1}")
+
+    def _checkpoint(self, epoch: int, step: int) -> None:
         self.totals.check(step, epoch)  # nothing that is not finite is ever saved
         self.totals.stop()
         self.save(epoch, step)
         self.totals.start()
-        interruption.written()
-        if stop:
-            raise Stopped(f"stopped by {interruption.cause} at step {step} of epoch {epoch + 1}")
 
     def postfix(self, epoch: int) -> str:
         """Return what the progress bar shows of the epoch so far."""
@@ -330,36 +307,35 @@ class Trainer:
         measured = self.measure(self.data.test)
         if self.accelerator.is_main_process:
             self.export("last")
-        summary = summarize(self.run.history, measured, teacher_top1)
+        summary = summarize(self.run.history, measured)
+        summary.update(
+            dataset=self.source.name,
+            train_images=self.data.train.count,
+            test_images=self.data.test.count,
+            teacher=None,
+        )
+        if self.teacher is not None:
+            summary["teacher"] = dict(
+                name=self.recipe.teacher, sha256=self.models.teacher_sha256, top1=teacher_top1
+            )
         if self.data.val:
             self.accelerator.wait_for_everyone()
-            best = timm.create_model(f"local-dir:{self.run.path / 'best'}", pretrained=True)
-            best = best.to(self.accelerator.device).eval()
-            summary["best_top1"] = self._evaluate(best, self.data.test)["top1"]
+            summary["best_top1"] = self._measure_best()
         if self.accelerator.is_main_process:
             self.run.write_json("summary.json", summary)
         self.accelerator.wait_for_everyone()
         return summary
 
+    def _measure_best(self) -> float | None:
+        folder = self.run.path / "best"
+        try:
+            best = create_frozen(f"local-dir:{folder}", self.accelerator.device)
+        except ModelError as error:  # a run at its end does not fail for it
+            self.accelerator.print(f"best/ is not measured: {error}")
+            return None
+        return self._evaluate(best, self.data.test)["top1"]
+
     def export(self, name: str) -> None:
         """Write the student to a folder of the run."""
         names = self.source.label_names
         self.run.export(name, self.student, label_names=names, data_config=self.config)
-
-
-def summarize(
-    history: list[dict[str, Any]], measured: dict[str, float], teacher_top1: float | None
-) -> dict[str, Any]:
-    """Return the last epoch's scores on the test split, and the best epoch as a footnote."""
-    split = "val" if "val_top1" in history[-1] else "test"
-    best = max(history, key=lambda line: line[f"{split}_top1"])
-    return dict(
-        epochs=history[-1]["epoch"],
-        top1=measured["top1"],
-        top5=measured["top5"],
-        teacher_top1=teacher_top1,
-        best_epoch=best["epoch"],
-        best_epoch_top1=best[f"{split}_top1"],
-        best_epoch_split=split,
-        seconds=round(sum(line["seconds"] for line in history), 1),
-    )

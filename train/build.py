@@ -1,0 +1,80 @@
+"""A recipe's student, teacher and what the trainer wraps, ready for their device."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn as nn
+from accelerate import Accelerator
+
+from batches import derive_seed
+from gld_zoo import GlobalLocal
+from models import (
+    GlobalOnly,
+    ModelError,
+    Teacher,
+    create_student,
+    create_teacher,
+    resolve_data_config,
+    weights_sha256,
+)
+from recipe import Recipe
+from sync_batch_norm import synchronise_batch_norm
+
+
+class Models(NamedTuple):
+    """The student, the frozen teacher if any, and the module to wrap for data parallelism.
+
+    `config` is timm's data config of the student, `teacher_sha256` the hash of the teacher's
+    weights.
+    """
+
+    student: nn.Module
+    teacher: Teacher | None
+    network: nn.Module
+    config: dict[str, Any]
+    teacher_sha256: str | None
+
+
+def build_models(recipe: Recipe, num_classes: int, accelerator: Accelerator) -> Models:
+    """Build a recipe's models on a device, the student's weights drawn by the recipe's seed.
+
+    Raises:
+        ModelError: If one cannot be built, or they do not take the recipe's images.
+    """
+    device = accelerator.device
+    torch.manual_seed(derive_seed(recipe.seed))
+    student = create_student(recipe.student, num_classes, device, finetune=recipe.finetune)
+    if recipe.sync_batch_norm and accelerator.num_processes > 1:
+        student = synchronise_batch_norm(student, device)
+    config = resolve_data_config(student, recipe.image_size, recipe.crop_pct)
+    network: nn.Module = GlobalOnly(student)
+    teacher, sha256 = None, None
+    if recipe.teacher:
+        network = GlobalLocal(student, recipe.grid)
+        model = create_teacher(recipe.teacher, num_classes, device)
+        sha256 = weights_sha256(model)  # before its batch norm is folded
+        teacher = Teacher(model, recipe.grid, config["mean"], config["std"])
+    _check(network, teacher, config["input_size"], device)
+    if recipe.compile:
+        # CUDA graphs: small models are bound by the launches of their kernels
+        mode = "reduce-overhead" if device.type == "cuda" else None
+        network.compile(mode=mode)
+        if teacher:
+            teacher.compile(mode=mode)
+    return Models(student, teacher, network, config, sha256)
+
+
+@torch.no_grad()
+def _check(
+    network: nn.Module, teacher: Teacher | None, size: tuple[int, ...], device: torch.device
+) -> None:
+    """Show both models two images: what they refuse is refused before the first epoch."""
+    images = torch.zeros((2, *size), device=device)
+    try:
+        network.eval()(images)
+        if teacher:
+            teacher(images)
+    except (ValueError, RuntimeError, AssertionError) as error:
+        raise ModelError(f"the models cannot take {size[-1]}x{size[-1]} images: {error}") from error

@@ -1,0 +1,53 @@
+"""The picture of a run: top-1, loss terms and learning rate by epoch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.ticker import LogLocator, NullFormatter
+
+
+def measured_split(line: dict[str, Any]) -> str:
+    """Return which split a line of metrics was measured on: the one held out, if any."""
+    return "val" if "val_top1" in line else "test"
+
+
+def draw_curves(history: list[dict[str, Any]], path: Path) -> None:
+    """Draw top-1, loss terms and learning rate by epoch."""
+    epochs = [line["epoch"] for line in history]
+    last = history[-1]
+    split = measured_split(last)
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    for name in ("train", split):
+        values = [line[f"{name}_top1"] for line in history]
+        axes[0].plot(epochs, values, marker=".", label=name)
+    axes[0].set(title=f"top-1, {split} {last[f'{split}_top1']:.2f} %", ylabel="%")
+    terms = [key for key in last if key.startswith("loss")]
+    for key in terms if len(terms) > 2 else ["loss"]:
+        style = dict(color="black", linewidth=2) if key == "loss" else {}
+        label = "sum" if key == "loss" else key.removeprefix("loss_")
+        axes[1].plot(epochs, [line[key] for line in history], label=label, **style)
+    axes[1].set(title="training loss and its weighted terms", yscale="log")
+    rates = [line["lr"] for line in history]
+    axes[2].stairs(rates, [0.5, *(epoch + 0.5 for epoch in epochs)], baseline=None, color="gray")
+    axes[2].set(title="learning rate", yscale="log")
+    for ax in axes:
+        ax.grid(alpha=0.3)
+        ax.set_xlabel("epoch")
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    for ax in axes[1:]:
+        ax.yaxis.set_major_formatter("{x:g}")
+    axes[1].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes[1].yaxis.set_minor_formatter(NullFormatter())
+    axes[2].set_xlim(left=min(epochs) - 0.5)
+    axes[0].legend()
+    if len(terms) > 2:
+        axes[1].margins(y=0.25)  # for the legend
+        axes[1].legend(ncols=len(terms), loc="upper center", fontsize="small", columnspacing=1)
+    figure.savefig(path, dpi=110, format="png")
+    plt.close(figure)

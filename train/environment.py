@@ -1,0 +1,59 @@
+"""What a reader needs to judge and repeat a run: command, commit, versions, hardware."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+
+def describe_environment(accelerator: Accelerator) -> dict[str, Any]:
+    """Return what a reader needs to judge and repeat a run."""
+    names = ("gld-zoo", "torch", "torchvision", "timm", "accelerate", "datasets")
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    device = accelerator.device
+    return dict(
+        command=[Path(sys.argv[0]).name, *sys.argv[1:]],
+        commit=_commit(),
+        python=platform.python_version(),
+        versions=versions,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        processor=f"{platform.machine()}, {os.cpu_count()} cores",
+        processes=accelerator.num_processes,
+        threads=torch.get_num_threads(),
+        mixed_precision=accelerator.mixed_precision,
+    )
+
+
+def changed_environment(first: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Return what decides the bits of a result and is not as it was: its name, was, is."""
+    names = ("processes", "mixed_precision", "device", "threads", "python")
+    pairs = [(name, first.get(name), now[name]) for name in names]
+    earlier = first.get("versions", {})
+    pairs += [(name, earlier.get(name), version) for name, version in now["versions"].items()]
+    return [(name, was, value) for name, was, value in pairs if was != value]
+
+
+def _commit() -> str | None:
+    folder = Path(__file__).parent
+    try:
+        return subprocess.check_output(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=folder,
+            text=True,
+            stderr=subprocess.DEVNULL,
+        ).strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
