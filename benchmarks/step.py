@@ -1,17 +1,19 @@
 """Time a training step of ours against a naive port's and against a floor, in one process.
 
     python benchmarks/step.py --setup a --threads 2 --out step.json
+    python benchmarks/step.py --setup a --bf16 --dataset uoft-cs/cifar100
+    python benchmarks/step.py --setup a --device cuda --bf16 --compile
 
 naive  a straightforward port, in float32: the teacher in the autograd graph with its gradient, the
        models as they are, the relation through N x N matrices, a plain SGD, the loss read each step
-ours   what train/distill.py runs, on a batch that is there
+ours   the step of train/distill.py's `Trainer`, its sums for the log included, on a batch that is
+       there; in bfloat16 with `--bf16`, compiled (on a GPU to CUDA graphs) with `--compile`
 floor  student forward, backward and SGD with cross-entropy, and the teacher's forward: channels
-       last, folded teacher, no other loss and no data
+       last, folded teacher, no other loss and no data, in the precision of ours
 
 Rounds take the variants in rotated order; ratios are medians over rounds. Peak memory is that of a
-process that runs a variant alone. `--dataset` also trains an epoch with the trainer, in bfloat16
-with `--bf16`, data, augmentation and logging included and evaluation not, and gives its time over
-that of its steps.
+process that runs a variant alone. `--dataset` also trains an epoch of it, data, augmentation and
+logging included and evaluation not, and gives its time over that of its steps.
 """
 
 from __future__ import annotations
@@ -35,12 +37,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "train"))
 from accelerate import Accelerator
 from measuring import interleave, peak_memory, ratio
 
-import gld_zoo
 from gld_zoo.hub import save_pretrained
-from interruption import Interruption
+from interruption import CHECK_EVERY, Interruption
 from models import Teacher
 from recipe import Recipe
 from run_folder import RunFolder
+from totals import Totals
 from trainer import Trainer
 
 SETUPS = dict(
@@ -49,21 +51,25 @@ SETUPS = dict(
     c=("gld_wrn22_4", "gld_wrn16_2"),
     d=("gld_wrn16_4", "gld_resnet32"),
 )
+VARIANTS = ("naive", "ours", "floor")
+BUNDLED = "gld_zoo/data/cifar100_mini"
 Step = Callable[[], None]
 
 
-def inputs(batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+def inputs(batch: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Return images `[B, 3, 32, 32]`, channels last, and labels `[B]`."""
     torch.manual_seed(0)
-    images = torch.randn(batch, 3, 32, 32)
-    return images.to(memory_format=torch.channels_last), torch.randint(100, (batch,))
+    images = torch.randn(batch, 3, 32, 32).to(device, memory_format=torch.channels_last)
+    return images, torch.randint(100, (batch,)).to(device)
 
 
-def naive_step(setup: str, batch: int) -> Step:
+def naive_step(setup: str, batch: int, device: torch.device) -> Step:
     """Return the step of a port that thinks of nothing but the equations."""
-    teacher, student = (timm.create_model(name, num_classes=100) for name in SETUPS[setup])
+    teacher, student = (
+        timm.create_model(name, num_classes=100).to(device) for name in SETUPS[setup]
+    )
     teacher.eval()
-    images, target = inputs(batch)
+    images, target = inputs(batch, device)
     images = images.contiguous()
     optimizer = torch.optim.SGD(
         student.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4, foreach=False
@@ -101,29 +107,37 @@ def naive_step(setup: str, batch: int) -> Step:
     return step
 
 
-def our_step(setup: str, batch: int, *, bf16: bool, loss: bool = True) -> Step:
-    """Return the trainer's step, or without the loss the floor's."""
-    teacher_name, student_name = SETUPS[setup]
-    student = timm.create_model(student_name, num_classes=100).to(memory_format=torch.channels_last)
-    model = timm.create_model(teacher_name, num_classes=100).eval().requires_grad_(False)
+def our_step(trainer: Trainer) -> Step:
+    """Return the trainer's step and what it does beside it in an epoch."""
+    images, target = inputs(trainer.recipe.batch_size, trainer.accelerator.device)
+    trainer.network.train()
+
+    def step() -> None:
+        trainer.totals.add(*reversed(trainer.step(images, target)), target)
+        if trainer.totals.steps % CHECK_EVERY == 0:
+            trainer.totals.check(trainer.totals.steps, 0)
+
+    return step
+
+
+def floor_step(setup: str, batch: int, accelerator: Accelerator) -> Step:
+    """Return a step without the loss, in the accelerator's precision."""
+    device = accelerator.device
+    model, student = (
+        timm.create_model(name, num_classes=100).to(device, memory_format=torch.channels_last)
+        for name in SETUPS[setup]
+    )
+    model.eval().requires_grad_(False)
     teacher = Teacher(model, 2, student.default_cfg["mean"], student.default_cfg["std"])
-    network = gld_zoo.GlobalLocal(student)
-    criterion = gld_zoo.GLDLoss(global_batch=True)
     optimizer = torch.optim.SGD(
         student.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4, fused=True
     )
-    images, target = inputs(batch)
+    images, target = inputs(batch, device)
 
     def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            if loss:
-                logits = network(images)
-                wanted = teacher(images)
-                total = criterion(logits, wanted, target)["loss"]
-            else:
-                with torch.no_grad():
-                    teacher.logits.model(images)
-                total = F.cross_entropy(student(images).float(), target)
+        with accelerator.autocast():
+            teacher.classify(images)
+            total = F.cross_entropy(student(images).float(), target)
         total.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -131,86 +145,124 @@ def our_step(setup: str, batch: int, *, bf16: bool, loss: bool = True) -> Step:
     return step
 
 
-def epoch_ratio(setup: str, batch: int, *, bf16: bool, dataset: str) -> float:
-    """Return the seconds of the trainer's epoch over its steps times those of `our_step`."""
-    teacher, student = SETUPS[setup]
-    with tempfile.TemporaryDirectory() as folder:
-        save_pretrained(timm.create_model(teacher, num_classes=100), Path(folder, "teacher"))
-        threads = torch.get_num_threads()
-        recipe = Recipe(
-            student=student,
-            teacher=f"local-dir:{folder}/teacher",
-            dataset=dataset,
-            batch_size=batch,
-            epochs=1,
-            threads=threads,
-        )
-        accelerator = Accelerator(cpu=True, mixed_precision="bf16" if bf16 else "no")
-        run = RunFolder(Path(folder, "run"), recipe, resume=False)
-        trainer = Trainer(recipe, run, accelerator)
-        step = dict(ours=our_step(setup, batch, bf16=bf16))
-        times = interleave(step, rounds=30)["ours"]
-        with Interruption(accelerator, max_minutes=None, checkpoint_minutes=1e9) as interruption:
-            trainer.train_one_epoch(0, interruption)
-        times += interleave(step, rounds=30)["ours"]  # machines get faster and slower
-        steps = trainer.totals.steps
-    return round(trainer.totals.seconds / (steps * statistics.mean(times) / 1000), 3)
-
-
-def variants(setup: str, batch: int, bf16: bool) -> dict[str, Callable[[], Step]]:
-    """Return what builds each variant's step."""
-    built = dict(
-        naive=lambda: naive_step(setup, batch),
-        ours=lambda: our_step(setup, batch, bf16=False),
-        floor=lambda: our_step(setup, batch, bf16=False, loss=False),
+def build_trainer(options: argparse.Namespace, folder: Path, accelerator: Accelerator) -> Trainer:
+    """Return a trainer of a setup, its teacher of random weights."""
+    teacher, student = SETUPS[options.setup]
+    save_pretrained(timm.create_model(teacher, num_classes=100), folder / "teacher")
+    recipe = Recipe(
+        student=student,
+        teacher=f"local-dir:{folder / 'teacher'}",
+        dataset=options.dataset or BUNDLED,
+        batch_size=options.batch,
+        epochs=1,
+        threads=options.threads,
+        compile=options.compile,
     )
-    if bf16:
-        built["ours bf16"] = lambda: our_step(setup, batch, bf16=True)
-        built["floor bf16"] = lambda: our_step(setup, batch, bf16=True, loss=False)
-    return built
+    return Trainer(recipe, RunFolder(folder / "run", recipe, resume=False), accelerator)
+
+
+def epoch_ratio(trainer: Trainer) -> float:
+    """Return the seconds of the trainer's epoch over its steps times those of `our_step`."""
+    step = dict(ours=in_turn(our_step(trainer), trainer.accelerator.device))
+    times = interleave(step, rounds=30)["ours"]
+    trainer.totals = Totals(trainer.accelerator.device)
+    with Interruption(
+        trainer.accelerator, max_minutes=None, checkpoint_minutes=1e9
+    ) as interruption:
+        trainer.train_one_epoch(0, interruption)
+    seconds, steps = trainer.totals.seconds, trainer.totals.steps
+    times += interleave(step, rounds=30)["ours"]  # machines get faster and slower
+    repeats = repeats_on(trainer.accelerator.device)
+    return round(seconds / (steps * statistics.mean(times) / repeats / 1000), 3)
+
+
+def repeats_on(device: torch.device) -> int:
+    """Return how many steps are timed as one: a GPU's queue up, as they do in training."""
+    return 20 if device.type == "cuda" else 1
+
+
+def in_turn(step: Step, device: torch.device) -> Step:
+    """Return what takes a few steps and waits for the last."""
+    if device.type != "cuda":
+        return step
+
+    def steps() -> None:
+        for _ in range(repeats_on(device)):
+            step()
+        torch.cuda.synchronize()
+
+    return steps
+
+
+def build(name: str, options: argparse.Namespace, folder: Path, accelerator: Accelerator) -> Step:
+    """Return a variant's step."""
+    device = accelerator.device
+    if name == "naive":
+        return in_turn(naive_step(options.setup, options.batch, device), device)
+    if name == "floor":
+        return in_turn(floor_step(options.setup, options.batch, accelerator), device)
+    return in_turn(our_step(build_trainer(options, folder, accelerator)), device)
+
+
+def measure(options: argparse.Namespace, folder: Path, accelerator: Accelerator) -> dict:
+    """Return what was measured of one setup."""
+    device = accelerator.device
+    steps = {name: build(name, options, folder, accelerator) for name in VARIANTS}
+    times = interleave(steps, rounds=options.rounds)
+    repeats = repeats_on(device)
+    result: dict = dict(setup=options.setup, batch=options.batch, device=device.type)
+    result.update(threads=options.threads, precision="bf16" if options.bf16 else "float32")
+    result["ms"] = {
+        name: round(statistics.median(ms) / repeats, 2 if repeats > 1 else 1)
+        for name, ms in times.items()
+    }
+    result["naive / ours"] = ratio(times, "naive", "ours")
+    result["ours / floor"] = ratio(times, "ours", "floor")
+    if options.dataset:
+        (folder / "epoch").mkdir()
+        trainer = build_trainer(options, folder / "epoch", accelerator)
+        result["epoch / its steps"] = epoch_ratio(trainer)
+    if not options.no_memory:
+        result["peak MB"] = {name: round(alone(name, options)) for name in VARIANTS}
+    return result
+
+
+def alone(name: str, options: argparse.Namespace) -> float:
+    """Return the peak memory, in MB, of a process that runs one variant."""
+    command = [sys.executable, __file__, "--setup", options.setup, "--device", options.device]
+    command += ["--batch", str(options.batch), "--threads", str(options.threads)]
+    command += ["--bf16"] * options.bf16 + ["--compile"] * options.compile + ["--memory", name]
+    return float(subprocess.check_output(command, text=True))
 
 
 def main() -> None:
-    """Measure one setup."""
+    """Measure one setup in one precision: Accelerate's state is the process's."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--setup", choices=SETUPS, default="a", help="of the paper")
     parser.add_argument("--batch", type=int, default=64, help="images a step")
     parser.add_argument("--rounds", type=int, default=15, help="of timing")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
-    parser.add_argument("--bf16", action="store_true", help="also under bfloat16 autocast")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to run")
+    parser.add_argument("--bf16", action="store_true", help="ours and floor in bfloat16 autocast")
+    parser.add_argument("--compile", action="store_true", help="ours compiled")
     parser.add_argument("--dataset", help="train an epoch of it too: hub id or folder")
     parser.add_argument("--no_memory", action="store_true", help="time alone")
     parser.add_argument("--out", type=Path, help="JSON of the result")
-    parser.add_argument("--memory", help=argparse.SUPPRESS)
+    parser.add_argument("--memory", choices=VARIANTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    built = variants(options.setup, options.batch, options.bf16 or bool(options.memory))
-    if options.memory:
-        step = built[options.memory]()
-        for _ in range(3):
-            step()
-        print(peak_memory())
-        return
-    times = interleave({name: build() for name, build in built.items()}, rounds=options.rounds)
-    result: dict = dict(setup=options.setup, batch=options.batch, threads=options.threads)
-    result["ms"] = {name: round(statistics.median(ms), 1) for name, ms in times.items()}
-    result["naive / ours"] = ratio(times, "naive", "ours")
-    result["ours / floor"] = ratio(times, "ours", "floor")
-    if options.bf16:
-        result["naive / ours bf16"] = ratio(times, "naive", "ours bf16")
-        result["ours bf16 / floor bf16"] = ratio(times, "ours bf16", "floor bf16")
-    if options.dataset:
-        # one precision a process: Accelerate's state is the process's
-        result["epoch / its steps" + (" bf16" if options.bf16 else "")] = epoch_ratio(
-            options.setup, options.batch, bf16=options.bf16, dataset=options.dataset
-        )
-    if not options.no_memory:
-        command = [sys.executable, __file__, "--setup", options.setup]
-        command += ["--batch", str(options.batch), "--threads", str(options.threads), "--memory"]
-        result["peak MB"] = {
-            name: round(float(subprocess.check_output([*command, name], text=True)))
-            for name in built
-        }
+    accelerator = Accelerator(
+        cpu=options.device == "cpu", mixed_precision="bf16" if options.bf16 else "no"
+    )
+    with tempfile.TemporaryDirectory() as name:
+        if options.memory:
+            step = build(options.memory, options, Path(name), accelerator)
+            for _ in range(3):
+                step()
+            on_gpu = options.device == "cuda"
+            print(torch.cuda.max_memory_allocated() / 1e6 if on_gpu else peak_memory())
+            return
+        result = measure(options, Path(name), accelerator)
     print(json.dumps(result, indent=1))
     if options.out:
         options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -90,7 +90,7 @@ def test_runs_that_do_not_belong_are_refused(
         released([wrong], tiny_dataset)
     assert {path: path.read_bytes() for path in (package / "weights").iterdir()} == before
     on_record(package, "gld_wrn16_2.another", student_run)
-    with pytest.raises(ValueError, match="results.json does not hold; release the teacher first"):
+    with pytest.raises(ValueError, match=r"results\.json does not hold; release the teacher first"):
         released([student_run], tiny_dataset)
 
 
