@@ -33,7 +33,7 @@ def test_a_time_limit_after_any_step_changes_no_bit(student_run, tmp_path, disti
     assert "stopped by max_minutes at step 1 of epoch 1; go on with --resume" in output
     assert not (run / "summary.json").exists()
     for step in (2, 3):
-        output = distill(*options, "--max_minutes", 0, "--resume")
+        output = distill("--run", run, "--max_minutes", 0, "--resume")
         assert f"after 0 epochs and {step - 1} steps" in output
         assert f"at step {step} of epoch 1" in output
     distill(*options, "--resume")
@@ -42,7 +42,7 @@ def test_a_time_limit_after_any_step_changes_no_bit(student_run, tmp_path, disti
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_writes_a_checkpoint_and_ends_the_run_in_peace(
-    student_run, tmp_path, distill, number
+    student_run, tmp_path, distill, number, interruptible
 ):
     run = tmp_path / "run"
     options = ["--config", student_run / "recipe.yaml", "--run", run]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,11 @@ def components(out: Path) -> None:
         for setup, row in results["setups"].items()
         if all(f"ablation_{part}" in row for part in parts)
     }
+    if not rows:
+        sys.exit(
+            f"error: no setup in {RESULTS} has all of ablation_{', ablation_'.join(parts)}; record "
+            "their runs by train/release.py"
+        )
     figure, axes = plt.subplots(
         1, len(rows), figsize=(4.2 * len(rows), 3.4), layout="constrained", squeeze=False
     )

@@ -49,7 +49,8 @@ class Interruption:
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
-                self._before[number] = signal.signal(number, self._notice)
+                if signal.getsignal(number) != signal.SIG_IGN:  # as nohup asks
+                    self._before[number] = signal.signal(number, self._notice)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import math
 import re
+import sys
 from argparse import ArgumentError
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
@@ -266,10 +268,10 @@ def parse_command(description: str, argv: list[str] | None = None) -> Command:
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="go on from the run folder's newest checkpoint, if any",
+        help="go on from the run folder's newest checkpoint, if any; its recipe need not be given",
     )
     add_recipe_options(parser)
-    namespace = parser.parse_args(argv)
+    namespace = parser.parse_args(with_saved_recipe(sys.argv[1:] if argv is None else argv))
     configs = namespace.pop("config") or []
     values = namespace.as_dict()
     run, resume = values.pop("run"), values.pop("resume")
@@ -278,6 +280,19 @@ def parse_command(description: str, argv: list[str] | None = None) -> Command:
     except ValueError as error:
         parser.error(str(error))
     return Command(recipe, Path(run or default_run(recipe, configs)), resume)
+
+
+def with_saved_recipe(argv: list[str]) -> list[str]:
+    """Return the arguments with the run folder's own recipe where a run goes on without another."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("--config", "--run", "--student"):
+        parser.add_argument(name)
+    parser.add_argument("--resume", action="store_true")
+    given, _ = parser.parse_known_args(argv)
+    if not (given.resume and given.run) or given.config or given.student:
+        return argv
+    saved = Path(given.run) / "recipe.yaml"
+    return ["--config", str(saved), *argv] if saved.is_file() else argv
 
 
 def default_run(recipe: Recipe, configs: list[Any]) -> str:

@@ -213,7 +213,7 @@ class Trainer:
                 torch.manual_seed(derive_seed(recipe.seed, epoch, step, rank))
                 logits, terms = self.step(images, target)
                 self.totals.add(terms, logits, target)
-                if step % CHECK_EVERY == 0 or step == len(self.data.train):
+                if step % CHECK_EVERY == 0 or step in (start + 1, len(self.data.train)):
                     self.totals.check(step, epoch)
                     bar.set_postfix_str(self.postfix(epoch), refresh=False)
                 if step < len(self.data.train):

@@ -1,0 +1,87 @@
+"""The supplement's figures: drawn from models and results as they are."""
+
+import json
+
+import pytest
+from PIL import Image
+
+import figures
+
+
+def assert_picture(path):
+    with Image.open(path) as picture:
+        assert picture.format == "PNG"
+        assert len(picture.convert("RGB").getcolors(maxcolors=1 << 24)) > 20
+        return picture.size
+
+
+def test_activations_have_a_column_a_model_and_a_row_an_image(tmp_path):
+    models = dict(alone="gld_wrn16_1.ce_cifar100", GLD="gld_wrn16_1.wrn16_2_cifar100")
+    figures.activations(models, tmp_path / "two.png", rows=[3, 5])
+    figures.activations(dict(alone=models["alone"]), tmp_path / "one.png", rows=[3, 5, 8])
+    two, one = (assert_picture(tmp_path / f"{name}.png") for name in ("two", "one"))
+    assert two[0] > one[0]
+    assert two[1] < one[1]
+
+
+def test_local_predictions_are_the_models_own(tmp_path, monkeypatch):
+    """A model that gives every row of an image another class is written cell by cell."""
+    texts = []
+    monkeypatch.setattr(
+        "matplotlib.axes.Axes.text", lambda self, x, y, text, **_: texts.append((x, y, text))
+    )
+    expected = [[4, 0, 1, 2, 3]]
+
+    def logits(model, inputs, grid):
+        import torch
+
+        return 9.0 * torch.nn.functional.one_hot(torch.tensor(expected), 100)
+
+    monkeypatch.setattr(figures, "global_local_logits", logits)
+    out = tmp_path / "cells.png"
+    figures.local_predictions(dict(x="gld_wrn16_1.ce_cifar100"), out, rows=[3])
+    names = [text.partition("\n")[0] for *_, text in texts]
+    assert names == ["apple", "aquarium fish", "baby", "bear"]
+    assert [(x, y) for x, y, _ in texts] == [(7.5, 7.5), (23.5, 7.5), (7.5, 23.5), (23.5, 23.5)]
+    assert out.stat().st_size > 0
+
+
+def results(parts):
+    weights = {
+        f"gld_wrn16_1.{part}": dict(epochs=3, runs=[dict(top1=50.0 + i), dict(top1=52.0 + i)])
+        for i, part in enumerate(parts)
+    }
+    row = {
+        f"ablation_{part}": dict(model="gld_wrn16_1", weights=f"gld_wrn16_1.{part}")
+        for part in parts
+    }
+    row.update(teacher=dict(model="gld_wrn16_2"), gld=dict(model="gld_wrn16_1"))
+    return dict(weights={}, runs=weights, setups=dict(b=row))
+
+
+def test_components_are_bars_of_the_mean_over_seeds(tmp_path, monkeypatch):
+    file = tmp_path / "results.json"
+    parts = ("alone", "global", "local", "relation", "all")
+    file.write_text(json.dumps(results(parts)))
+    monkeypatch.setattr(figures, "RESULTS", file)
+    heights = []
+    bar = figures.plt.Axes.bar
+
+    def watched(self, names, means, **options):
+        heights.append(dict(zip(names, means, strict=True)))
+        return bar(self, names, means, **options)
+
+    monkeypatch.setattr(figures.plt.Axes, "bar", watched)
+    figures.components(tmp_path / "bars.png")
+    assert heights == [{part: 51.0 + i for i, part in enumerate(parts)}]
+    assert_picture(tmp_path / "bars.png")
+
+
+def test_components_without_their_runs_say_what_to_record(tmp_path, monkeypatch):
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps(results(("alone", "global"))))
+    monkeypatch.setattr(figures, "RESULTS", file)
+    with pytest.raises(SystemExit) as stop:
+        figures.components(tmp_path / "bars.png")
+    assert "record their runs by train/release.py" in str(stop.value.code)
+    assert not (tmp_path / "bars.png").exists()
