@@ -56,7 +56,7 @@ def test_every_recipe_builds_its_models_and_takes_a_step(path, tiny_dataset, tmp
         return timm.create_model(architecture(name), **dict(options, pretrained=False))
 
     monkeypatch.setattr("models.timm", SimpleNamespace(create_model=create))
-    monkeypatch.setattr("trainer.create_teacher", build_teacher)
+    monkeypatch.setattr("build.create_teacher", build_teacher)
     run = RunFolder(tmp_path / "run", recipe, resume=False)
     trainer = Trainer(recipe, run, Accelerator(cpu=True))
     trainer.network.train()

@@ -36,7 +36,7 @@ def setups_table(results: dict[str, Any]) -> list[str]:
             f"{score(entry)} ({paper_score(row[role])})"
             for role, entry in zip(ROLES, entries, strict=True)
         ]
-        cells = [setup, pair, f"{epochs} ({row['paper_epochs']})", *scores]
+        cells = [setup, pair, f"{epochs} ({row['paper_epochs'] or '-'})", *scores]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
