@@ -3,6 +3,8 @@
 Importing this package registers the `gld_*` models with timm and does nothing else.
 """
 
+from typing import Any
+
 from gld_zoo import cifar_resnet, cifar_wrn, gld_resnet  # noqa: F401  registers the models
 from gld_zoo.heads import GlobalLocal, global_local_logits
 from gld_zoo.losses import GLDLoss, logit_kl
@@ -11,9 +13,18 @@ from gld_zoo.version import __version__
 
 __all__ = [
     "GLDLoss",
+    "GLDTask",
     "GlobalLocal",
     "__version__",
     "global_local_logits",
     "logit_kl",
     "relation",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "GLDTask":  # timm's training code is for those who ask for it
+        from gld_zoo.task import GLDTask
+
+        return GLDTask
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
