@@ -1,0 +1,274 @@
+"""The command `gld-zoo`: what the zoo holds, what a model sees in images, and where.
+
+gld-zoo list
+gld-zoo info gld_wrn16_1
+gld-zoo predict cat.jpg photos/ 'more/*.png' --top 3
+gld-zoo explain cat.jpg -o cat.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from huggingface_hub import metadata_load
+from huggingface_hub.errors import HfHubHTTPError
+from PIL import Image, ImageOps
+from timm.data import create_transform, resolve_model_data_config
+from timm.models import get_pretrained_cfg
+
+from gld_zoo.explain import explain
+from gld_zoo.heads import global_local_logits
+
+PACKAGE = Path(__file__).parent
+MODEL = "gld_wrn16_1"
+BATCH = 32  # images a forward pass
+
+
+class CommandError(ValueError):
+    """What was asked cannot be done; the message names it and the remedy."""
+
+
+def list_models() -> str:
+    """Return the zoo's models as a table: parameters, image size, weights and their top-1."""
+    weights = _results()["weights"]
+    lines = [f"{'model':<16}{'parameters':>12}  {'pixels':<7}weights (top-1 on CIFAR-100)"]
+    for name in timm.list_models("gld_*"):
+        with torch.device("meta"):
+            model = timm.create_model(name)
+        parameters = sum(weight.numel() for weight in model.parameters())
+        tags = [
+            f"{tag.partition('.')[2]} ({entry['runs'][0]['top1']:.2f} %)"
+            for tag, entry in weights.items()
+            if tag.startswith(f"{name}.")
+        ]
+        size = model.pretrained_cfg["input_size"][-1]
+        lines.append(f"{name:<16}{parameters:>12,}  {size:<7}{', '.join(tags) or '-'}")
+    return "\n".join(lines)
+
+
+def describe(name: str) -> str:
+    """Return what is known of a model of the zoo and of each of its weights.
+
+    Raises:
+        CommandError: If the zoo does not hold it.
+    """
+    architecture, _, tag = name.partition(".")
+    names = timm.list_models("gld_*")
+    if architecture not in names:
+        raise CommandError(f"{name!r} is not a model of this zoo; it holds {', '.join(names)}")
+    cfg = get_pretrained_cfg(name)
+    lines = [
+        name,
+        f"  licence {cfg.license}, arXiv {cfg.paper_ids or '-'}, pixels {cfg.input_size}",
+    ]
+    chosen = {
+        key: entry
+        for key, entry in _results()["weights"].items()
+        if key.split(".")[0] == architecture and (not tag or key == name)
+    }
+    for key, entry in chosen.items():
+        run = entry["runs"][0]
+        teacher = entry["teacher"]
+        if isinstance(teacher, dict):
+            teacher = teacher["name"]
+        lines += [
+            f"  {key}: top-1 {run['top1']:.2f} %, top-5 {run['top5']:.2f} % on "
+            f"{entry.get('dataset', 'cifar100')}, epoch {entry['epochs']}",
+            f"    teacher {teacher or 'none'}, recipe {entry['recipe']}, seed {run['seed']}, on "
+            f"{entry['hardware']}",
+            f"    {entry['file']}, sha256 {entry['sha256']}",
+        ]
+    return "\n".join(lines if chosen else [*lines, "  no weights ship; train it by its recipe"])
+
+
+class Predictor:
+    """A pretrained model with its preprocessing and class names.
+
+    Args:
+        name: timm name, hf-hub:ORG/NAME or local-dir:PATH.
+
+    Raises:
+        CommandError: If it cannot be created with weights.
+    """
+
+    def __init__(self, name: str) -> None:
+        try:
+            self.model = timm.create_model(name, pretrained=True).eval()
+        except (RuntimeError, ValueError, OSError, HfHubHTTPError) as error:
+            raise CommandError(f"--model {name!r} cannot be created: {error}") from error
+        self.transform = create_transform(**resolve_model_data_config(self.model))
+        self.names = class_names(self.model)
+
+    @torch.no_grad()
+    def predict(self, images: Sequence[Image.Image], top: int) -> list[list[tuple[str, float]]]:
+        """Return, for each image, the `top` most probable classes and their probabilities."""
+        batch = torch.stack([self.transform(image) for image in images])
+        best = self.model(batch).softmax(1).topk(min(top, len(self.names)))
+        return [
+            [(self.names[i], p) for i, p in zip(indices, values, strict=True)]
+            for indices, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        ]
+
+    @torch.no_grad()
+    def explain(self, image: Image.Image, grid: int) -> Image.Image:
+        """Draw what each cell of an image is taken for, and the activation map.
+
+        Raises:
+            CommandError: If the model has no local logits.
+        """
+        batch = self.transform(image)[None]
+        try:
+            rows = global_local_logits(self.model, batch, grid)[0].softmax(1)
+        except ValueError as error:
+            raise CommandError(str(error)) from error
+        activation = self.model.forward_features(batch)[0].amax(0)
+        best = rows.max(1)
+        labels = [
+            f"{self.names[i]} {p:.0%}"
+            for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        ]
+        return explain(image, labels, activation)
+
+
+def class_names(model: Any) -> list[str]:
+    """Return a model's class names: its cfg's, CIFAR-100's for weights that ship, or numbers."""
+    names = model.pretrained_cfg.get("label_names")
+    if names:
+        return list(names)
+    file = str(model.pretrained_cfg.get("file") or "")
+    if file.startswith(str(PACKAGE)) and model.num_classes == 100:
+        card = metadata_load(PACKAGE / "data" / "cifar100_mini" / "README.md") or {}
+        label = card["dataset_info"]["features"][1]["dtype"]["class_label"]["names"]
+        return [label[str(i)] for i in range(100)]
+    return [f"class {i}" for i in range(model.num_classes)]
+
+
+def find_images(patterns: Sequence[str]) -> Iterator[Path]:
+    """Yield files: those named, those in folders by suffix, those that patterns match."""
+    suffixes = set(Image.registered_extensions())
+    for pattern in patterns:
+        if Path(pattern).is_dir():
+            files = sorted(path for path in Path(pattern).rglob("*") if path.is_file())
+            yield from (path for path in files if path.suffix.lower() in suffixes)
+        elif Path(pattern).exists() or not (matches := sorted(glob.glob(pattern, recursive=True))):
+            yield Path(pattern)
+        else:
+            yield from find_images(matches)
+
+
+def read_image(path: Path) -> Image.Image:
+    """Read an image upright, as RGB; transparent parts become white.
+
+    Raises:
+        OSError: If it cannot be read.
+    """
+    with Image.open(path) as opened:
+        image = ImageOps.exif_transpose(opened)
+        if image.mode.startswith("I;16"):
+            image = image.point(lambda value: value / 257).convert("L")
+        if "A" in image.getbands() or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+
+
+def read_images(patterns: Sequence[str], failed: list[Path]) -> Iterator[tuple[Path, Image.Image]]:
+    """Yield images that can be read; name the others on standard error and collect them."""
+    for path in find_images(patterns):
+        try:
+            yield path, read_image(path)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            print(f"{path}: skipped, {error}", file=sys.stderr)
+            failed.append(path)
+
+
+def predict(options: argparse.Namespace) -> int:
+    """Print the classes of images; return 1 if one was skipped or none was found."""
+    failed: list[Path] = []
+    predictor, count = Predictor(options.model), 0
+    images_found = read_images(options.images, failed)
+    while group := list(islice(images_found, BATCH)):
+        paths, images = zip(*group, strict=True)
+        for path, classes in zip(paths, predictor.predict(images, options.top), strict=True):
+            count += 1
+            if options.json:
+                found = [dict(label=name, probability=round(p, 6)) for name, p in classes]
+                print(json.dumps(dict(image=str(path), classes=found)))
+            else:
+                print(f"{path}: " + ", ".join(f"{name} {p:.1%}" for name, p in classes))
+    if not count and not failed:
+        raise CommandError(f"no image in {' '.join(options.images)}")
+    return int(bool(failed))
+
+
+def explain_image(options: argparse.Namespace) -> int:
+    """Write the drawing of one image."""
+    try:
+        image = read_image(Path(options.image))
+    except (OSError, ValueError, SyntaxError) as error:
+        raise CommandError(f"{options.image}: {error}") from error
+    drawing = Predictor(options.model).explain(image, options.grid)
+    try:
+        drawing.save(options.output)
+    except (OSError, ValueError) as error:
+        raise CommandError(f"cannot write {options.output}: {error}") from error
+    print(f"{options.output}: {drawing.width} x {drawing.height} pixels")
+    return 0
+
+
+def _results() -> dict[str, Any]:
+    return json.loads((PACKAGE / "results.json").read_text(encoding="utf-8"))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(prog="gld-zoo", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    model: dict[str, Any] = dict(default=MODEL, help="timm name, hf-hub:ORG/NAME or local-dir:PATH")
+
+    command = commands.add_parser("list", help="the zoo's models and weights")
+    command.set_defaults(run=lambda _: print(list_models()))
+    command = commands.add_parser("info", help="a model and its weights")
+    command.add_argument("name", metavar="NAME", help="model, or model.tag")
+    command.set_defaults(run=lambda options: print(describe(options.name)))
+    command = commands.add_parser("predict", help="the most probable classes of images")
+    command.add_argument("images", nargs="+", metavar="IMAGE", help="file, folder or pattern")
+    command.add_argument("--model", **model)
+    command.add_argument("--top", type=_positive, default=5, help="classes an image")
+    command.add_argument("--json", action="store_true", help="a line of JSON an image")
+    command.set_defaults(run=predict)
+    command = commands.add_parser("explain", help="draw the class and confidence of each cell")
+    command.add_argument("image", metavar="IMAGE", help="file")
+    command.add_argument("-o", "--output", required=True, help="picture to write")
+    command.add_argument("--model", **model)
+    command.add_argument("--grid", type=_positive, default=2, help="cells along each side")
+    command.set_defaults(run=explain_image)
+    return parser
+
+
+def _positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command; exit with 1 if an image was skipped or what was asked cannot be done."""
+    options = build_parser().parse_args(arguments)
+    try:
+        sys.exit(options.run(options) or 0)
+    except CommandError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

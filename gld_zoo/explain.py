@@ -1,0 +1,75 @@
+"""A picture of what a model sees where: the class of each cell, and the activation map."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torchvision.transforms.functional import to_pil_image
+
+SIDE = 320  # pixels of each of the two panels
+HEAD = 28
+# dark blue to yellow, with even steps of lightness
+COLOURS = torch.tensor([[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]])
+
+
+def explain(image: Image.Image, labels: Sequence[str], activation: torch.Tensor) -> Image.Image:
+    """Draw an image with its cells' labels, beside the activation map over it.
+
+    Args:
+        image: RGB.
+        labels: 1 + grid² texts: of the whole image, then of the cells row by row.
+        activation: `[H, W]`, scaled from its smallest value to its largest.
+
+    Returns:
+        RGB, two square panels side by side below a line of text.
+    """
+    grid = round((len(labels) - 1) ** 0.5)
+    picture = Image.new("RGB", (2 * SIDE, SIDE + HEAD), "white")
+    square = _square(image)
+    white, grey = Image.new("RGB", square.size, "white"), square.convert("L").convert("RGB")
+    picture.paste(Image.blend(square, white, 0.25), (0, HEAD))
+    picture.paste(Image.blend(grey, _heat(activation), 0.6), (SIDE, HEAD))
+    draw = ImageDraw.Draw(picture)
+    head = ImageFont.load_default(15)
+    draw.text((6, 5), f"whole image: {labels[0]}", "black", font=head)
+    draw.text((SIDE + 6, 5), "largest activation", "black", font=head)
+    cell = SIDE / grid
+    for line in range(1, grid):
+        at = line * cell
+        draw.line([(at, HEAD), (at, HEAD + SIDE)], "white", 2)
+        draw.line([(0, HEAD + at), (SIDE, HEAD + at)], "white", 2)
+    font = ImageFont.load_default(max(8, min(16, int(cell / 9))))
+    for number, label in enumerate(labels[1:]):
+        y, x = divmod(number, grid)
+        words = label.replace("_", " ").rpartition(" ")
+        draw.multiline_text(
+            ((x + 0.5) * cell, HEAD + (y + 0.5) * cell),
+            f"{words[0]}\n{words[2]}",
+            "black",
+            font=font,
+            anchor="mm",
+            align="center",
+            stroke_width=2,
+            stroke_fill="white",
+        )
+    return picture
+
+
+def _square(image: Image.Image) -> Image.Image:
+    """Crop at the centre, as models see images, and enlarge."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    cropped = image.crop((left, top, left + side, top + side))
+    return cropped.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+
+
+def _heat(activation: torch.Tensor) -> Image.Image:
+    low, high = activation.min(), activation.max()
+    place = (activation - low) / (high - low).clamp(min=1e-12) * (len(COLOURS) - 1)
+    first = place.floor().long().clamp(max=len(COLOURS) - 2)
+    share = (place - first)[..., None]
+    colours = COLOURS[first] * (1 - share) + COLOURS[first + 1] * share
+    heat = to_pil_image(colours.permute(2, 0, 1).round().to(torch.uint8))
+    return heat.resize((SIDE, SIDE), Image.Resampling.BICUBIC)

@@ -1,0 +1,135 @@
+"""The command, on real images of many formats; bad ones are named and skipped."""
+
+import io
+import json
+
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from gld_zoo.cli import class_names, main, read_image
+from gld_zoo.explain import SIDE, explain
+from gld_zoo.hub import save_pretrained
+
+FORMATS = ["png", "jpg", "webp", "bmp", "gif", "tif"]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory, rows):
+    """Real images of several formats, modes and sizes; the first class is apples."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for i, suffix in enumerate(FORMATS):
+        image = Image.open(io.BytesIO(rows["test"]["img"][i]["bytes"])).convert("RGB")
+        image.resize((40 + 20 * i, 90 - 10 * i)).save(folder / f"{i}.{suffix}")
+    first = Image.open(folder / "0.png")
+    (folder / "deep").mkdir()
+    first.convert("RGBA").save(folder / "deep" / "alpha.png")
+    first.convert("L").save(folder / "deep" / "grey.png")
+    first.convert("CMYK").save(folder / "deep" / "cmyk.jpg")
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+def run(capsys, *arguments, code=0):
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    printed = capsys.readouterr()
+    if code == "error":
+        assert str(stop.value.code).startswith("error: ")
+        return str(stop.value.code)
+    assert stop.value.code == code, printed
+    return printed.out if code == 0 else printed.out + printed.err
+
+
+def test_predictions_are_the_models_own(pictures, capsys):
+    output = run(capsys, "predict", pictures, "--top", 2, "--json")
+    lines = [json.loads(line) for line in output.splitlines()]
+    assert len(lines) == len(FORMATS) + 3
+    model = timm.create_model("gld_wrn16_1", pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    names = class_names(model)
+    assert (names[0], names[99]) == ("apple", "worm")
+    for line in lines:
+        with torch.no_grad():
+            p = model(transform(read_image(line["image"]))[None]).softmax(1)[0].topk(2)
+        assert [found["label"] for found in line["classes"]] == [names[i] for i in p.indices]
+        for found, value in zip(line["classes"], p.values.tolist(), strict=True):
+            assert found["probability"] == pytest.approx(value, abs=1e-5)
+
+
+def test_a_bad_file_is_named_and_the_others_are_done(pictures, capsys):
+    wanted = [pictures / "notes.txt", pictures / "none.png", pictures / "*.png"]
+    output = run(capsys, "predict", *wanted, "--top", 1, code=1)
+    assert "notes.txt: skipped, cannot identify image file" in output
+    assert "none.png: skipped, [Errno 2] No such file" in output
+    assert f"{pictures / '0.png'}: " in output
+    assert output.count("%") == 1
+
+
+def test_nothing_to_do_and_unknown_models_are_errors(pictures, tmp_path, capsys):
+    assert "no image in" in run(capsys, "predict", tmp_path, code="error")
+    message = run(capsys, "predict", pictures, "--model", "gld_resnet20", code="error")
+    assert "--model 'gld_resnet20' cannot be created: No pretrained weights" in message
+    message = run(capsys, "info", "resnet18", code="error")
+    assert "not a model of this zoo; it holds gld_resnet" in message
+
+
+def test_pixels_survive_every_mode(tmp_path):
+    colour = Image.new("RGB", (8, 8), (200, 100, 50))
+    for mode, expected in [
+        ("RGB", (200, 100, 50)),
+        ("RGBA", (200, 100, 50)),
+        ("P", (200, 100, 50)),
+        ("L", (124, 124, 124)),
+    ]:
+        converted = colour.convert(mode, palette=Image.Palette.ADAPTIVE)
+        converted.save(tmp_path / "x.png")
+        found = read_image(tmp_path / "x.png").getpixel((3, 3))
+        assert all(abs(a - b) <= 3 for a, b in zip(found, expected, strict=True)), mode
+    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert read_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
+    Image.new("I;16", (8, 8), 32896).save(tmp_path / "deep.png")
+    assert read_image(tmp_path / "deep.png").getpixel((0, 0)) == (128, 128, 128)
+
+
+def test_names_of_a_saved_model_are_its_own(tmp_path, pictures, capsys):
+    model = timm.create_model("gld_wrn16_1", num_classes=3)
+    save_pretrained(model, tmp_path, label_names=["ant", "bee", "cat"])
+    model = f"local-dir:{tmp_path}"
+    output = run(capsys, "predict", pictures / "0.png", "--model", model)
+    assert all(f"{name} " in output for name in ("ant", "bee", "cat"))
+
+
+def test_list_and_info_tell_the_results(capsys):
+    table = run(capsys, "list")
+    resnet20 = sum(weight.numel() for weight in timm.create_model("gld_resnet20").parameters())
+    assert f"gld_resnet20    {resnet20:>12,}  32     -" in table
+    assert "wrn16_2_cifar100 (" in table
+    info = run(capsys, "info", "gld_wrn16_1")
+    assert "gld_wrn16_1.ce_cifar100: top-1" in info
+    assert "teacher gld_wrn16_2.ce_cifar100, recipe cifar100_wrn16_2_wrn16_1, seed 0" in info
+    assert "no weights ship" in run(capsys, "info", "gld_resnet32")
+
+
+def test_explain_draws_the_cells_and_the_map(pictures, tmp_path, capsys):
+    out = tmp_path / "out.png"
+    assert f"{2 * SIDE} x" in run(capsys, "explain", pictures / "1.jpg", "-o", out)
+    with Image.open(out) as picture:
+        assert picture.width == 2 * SIDE
+    message = run(capsys, "explain", pictures / "notes.txt", "-o", out, code="error")
+    assert "cannot identify image file" in message
+    nowhere = tmp_path / "no" / "x.png"
+    message = run(capsys, "explain", pictures / "1.jpg", "-o", nowhere, code="error")
+    assert "cannot write" in message
+    message = run(capsys, "explain", pictures / "1.jpg", "-o", out, "--grid", 9, code="error")
+    assert "grid=9 needs a feature map" in message
+
+
+def test_the_map_is_hot_where_the_activation_is():
+    activation = torch.zeros(4, 4)
+    activation[0, 3] = 2.0  # top right
+    drawn = explain(Image.new("RGB", (60, 40), "grey"), ["a 1%"] * 5, activation)
+    hot, cold = drawn.getpixel((2 * SIDE - 30, 60)), drawn.getpixel((SIDE + 40, 300))
+    assert hot[0] > cold[0] + 50
+    assert cold[2] > hot[2] + 20
