@@ -33,7 +33,7 @@ def explain(image: Image.Image, labels: Sequence[str], activation: torch.Tensor)
     picture.paste(Image.blend(grey, _heat(activation), 0.6), (SIDE, HEAD))
     draw = ImageDraw.Draw(picture)
     head = ImageFont.load_default(15)
-    draw.text((6, 5), f"whole image: {labels[0]}", "black", font=head)
+    draw.text((6, 5), f"whole image: {labels[0].replace('_', ' ')}", "black", font=head)
     draw.text((SIDE + 6, 5), "largest activation", "black", font=head)
     cell = SIDE / grid
     for line in range(1, grid):
