@@ -86,6 +86,11 @@ def test_runs_that_do_not_belong_are_refused(
     (wrong / "summary.json").write_text(json.dumps(dict(summary, top1=99.0)))
     released([student_run], tiny_dataset)
     before = {path: path.read_bytes() for path in (package / "weights").iterdir()}
+    old = tmp_path / "old"
+    shutil.copytree(student_run, old)
+    (old / "summary.json").write_text(json.dumps(dict(top1=1.0, top5=2.0)))
+    with pytest.raises(ValueError, match="did not record its teacher; delete its"):
+        released([old], tiny_dataset)
     with pytest.raises(ValueError, match=r"its log says 99\.00"):
         released([wrong], tiny_dataset)
     assert {path: path.read_bytes() for path in (package / "weights").iterdir()} == before

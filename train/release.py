@@ -73,6 +73,11 @@ def release(
             raise ValueError(f"{path} is a run of another recipe: {'; '.join(different)}")
     published = Recipe.load(CHECKOUT / "train" / "recipes" / f"{recipe_name}.yaml")
     summaries = [json.loads((path / "summary.json").read_text(encoding="utf-8")) for path in runs]
+    if "teacher" not in summaries[0]:
+        raise ValueError(
+            f"{run} was finished by a version that did not record its teacher; delete its "
+            "summary.json and resume it"
+        )
     teacher = teacher_on_record(summaries[0]["teacher"])
     with tempfile.TemporaryDirectory() as folder:
         file = _copy(run / "last" / "model.safetensors", Path(folder), float16=float16 and ship)
