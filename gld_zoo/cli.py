@@ -68,7 +68,7 @@ def describe(name: str) -> str:
     cfg = get_pretrained_cfg(name)
     lines = [
         name,
-        f"  licence {cfg.license}, arXiv {cfg.paper_ids or '-'}, pixels {cfg.input_size}",
+        f"  licence {cfg.license}, paper {cfg.paper_ids or '-'}, pixels {cfg.input_size}",
     ]
     chosen = {
         key: entry
