@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.nn as nn
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
+
+CIFAR100 = "uoft-cs/cifar100"
+CIFAR100_USE = (
+    "Not for decisions about people, nor for images unlike CIFAR-100's: 100 everyday classes, one "
+    "centred object, 32 x 32 pixels."
+)
+CIFAR100_TERMS = (
+    "CIFAR-100 comes from web search, with its biases; its licence is unknown, and about 10 % of "
+    "its test images have a near-duplicate in training (Barz and Denzler, arXiv:1902.00423)."
+)
 
 
 def save_pretrained(
@@ -19,10 +32,13 @@ def save_pretrained(
     *,
     label_names: list[str] | None = None,
     data_config: dict[str, Any] | None = None,
+    float16: bool = False,
     results: dict[str, Any] | None = None,
     repo_id: str = "ORG/NAME",
 ) -> Path:
     """Write `model.safetensors` and `config.json`, which `local-dir:FOLDER` loads in timm.
+
+    Each file takes the place of an earlier one whole, and only once all are written.
 
     Args:
         model: A timm model.
@@ -30,39 +46,61 @@ def save_pretrained(
         label_names: Class names in order; transformers shows them.
         data_config: What preprocessing the weights expect where it differs from the model's cfg:
             `input_size`, `mean`, `std`, `crop_pct`, `interpolation`.
-        results: What was measured, an entry of this package's results.json; a model card
-            (`README.md`) is written with it.
+        float16: Store tensors of two or more dimensions in half the bytes; timm loads them into
+            float32.
+        results: What was measured, as for `model_card`; a card (`README.md`) is written with it.
         repo_id: Where the card says the model is.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: If the number of names is not the model's number of classes.
+        ValueError: If the number of names is not the model's number of classes; nothing is written.
     """
     if label_names is not None and len(label_names) != model.num_classes:
         raise ValueError(
             f"{len(label_names)} label_names for a model of {model.num_classes} classes"
         )
+    tensors = model.state_dict()
+    if float16:
+        tensors = to_float16(tensors)
+    # safetensors refuses the channels-last layout
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    card = None if results is None else model_card(model, results, repo_id)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    # safetensors refuses the channels-last layout
-    tensors = {
-        name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as name:
+        partial = Path(name)
+        save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+        _write_config(model, partial / "config.json", label_names, data_config)
+        if card is not None:
+            card.save(partial / "README.md")
+        for written in sorted(partial.iterdir()):
+            os.replace(written, folder / written.name)
+    return folder
+
+
+def to_float16(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Halve tensors of two or more dimensions; biases and batch norm keep their precision."""
+    return {
+        name: tensor.half() if tensor.ndim >= 2 else tensor for name, tensor in tensors.items()
     }
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _write_config(
+    model: nn.Module,
+    path: Path,
+    label_names: list[str] | None,
+    data_config: dict[str, Any] | None,
+) -> None:
     model_config = dict(label_names=label_names) if label_names else None
-    config_path = folder / "config.json"
-    save_config_for_hf(model, str(config_path), model_config=model_config, data_config=data_config)
-    config = json.loads(config_path.read_text(encoding="utf-8"))
+    save_config_for_hf(model, str(path), model_config=model_config, data_config=data_config)
+    config = json.loads(path.read_text(encoding="utf-8"))
     # timm 1.0.31 repeats num_classes there, and transformers then passes it twice and fails
     config.get("model_args", {}).pop("num_classes", None)
     # the tag names the weights that the model began with or could have, not these
     config.get("pretrained_cfg", {}).pop("tag", None)
-    config_path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    if results is not None:
-        model_card(model, results, repo_id).save(folder / "README.md")
-    return folder
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def push_to_hub(
@@ -81,12 +119,12 @@ def push_to_hub(
     Args:
         model: A timm model.
         repo_id: ORG/NAME, made if it is not there.
-        results: What was measured, an entry of this package's results.json.
+        results: What was measured, as for `model_card`.
         private: Of a new repository; None leaves it to the organisation.
         token: Of the hub; None takes the one logged in with.
         revision: Branch to commit to; None is the default one.
         commit_message: Of the one commit that holds all files.
-        **options: `label_names` and `data_config`, as for `save_pretrained`.
+        **options: `label_names`, `data_config` and `float16`, as for `save_pretrained`.
 
     Returns:
         The address of the commit.
@@ -95,13 +133,33 @@ def push_to_hub(
         ValueError: As `save_pretrained`; nothing is pushed.
         huggingface_hub.errors.HfHubHTTPError: If the hub refuses.
     """
-    api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(model, folder, results=results, repo_id=repo_id, **options)
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message
+        return push_folder(
+            folder,
+            repo_id,
+            private=private,
+            token=token,
+            revision=revision,
+            commit_message=commit_message,
         )
+
+
+def push_folder(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+    commit_message: str = "Add model",
+) -> str:
+    """Push all files of a folder in one commit; arguments, result and errors as `push_to_hub`'s."""
+    api = HfApi(token=token)
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    commit = api.upload_folder(
+        repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message
+    )
     return commit.commit_url
 
 
@@ -112,24 +170,34 @@ def model_card(model: Any, results: dict[str, Any], repo_id: str) -> ModelCard:
 
     Args:
         model: A timm model.
-        results: An entry of this package's results.json.
+        results: An entry of this package's results.json, or one like it: `teacher`, `parameters`,
+            `recipe`, `changes`, `precision`, `hardware`, `sha256`, `dataset` (hub id, or any name;
+            'cifar100' without it), `runs` whose first has `seed`, `commit`, `top1`, `top5`,
+            `best_epoch` and `best_epoch_top1` (and `best_epoch_split`, 'test' without it). Optional
+            are `files`, lines about other files, and `license`, a hub identifier or None for none
+            stated; without it the package's own.
         repo_id: ORG/NAME, where the model will be.
     """
     run, teacher = results["runs"][0], results["teacher"]
     teacher = teacher["name"] if isinstance(teacher, dict) else teacher
+    dataset = results.get("dataset", "cifar100")
+    is_cifar100 = dataset in ("cifar100", CIFAR100)
+    hub_id = CIFAR100 if is_cifar100 else dataset if "/" in dataset else None
+    title = "CIFAR-100" if is_cifar100 else dataset
+    licence = results.get("license", "apache-2.0")
     measured: dict[str, Any] = dict(
         task_type="image-classification",
-        dataset_type="uoft-cs/cifar100",
-        dataset_name="CIFAR-100",
+        dataset_type=hub_id or re.sub(r"[^\w.-]+", "-", dataset),
+        dataset_name=title,
         dataset_split="test",
     )
     data = ModelCardData(
-        model_name=repo_id.split("/")[1],
-        license="apache-2.0",
+        model_name=repo_id.split("/")[-1],
+        license=licence,
         library_name="timm",
         pipeline_tag="image-classification",
         tags=["timm", "image-classification", "knowledge-distillation"],
-        datasets=[measured["dataset_type"]],
+        datasets=[hub_id] if hub_id else None,
         base_model=teacher.removeprefix("hf-hub:") if "hf-hub:" in str(teacher) else None,
         eval_results=[
             EvalResult(metric_type="accuracy", metric_name=name, metric_value=run[key], **measured)
@@ -142,7 +210,13 @@ def model_card(model: Any, results: dict[str, Any], repo_id: str) -> ModelCard:
         repo_id=repo_id,
         architecture=model.pretrained_cfg["architecture"],
         origin=f"distilled by GLD from `{teacher}`" if teacher else "trained on the labels alone",
+        dataset=title,
+        use=CIFAR100_USE if is_cifar100 else f"Not for images unlike those of {title}.",
+        terms=CIFAR100_TERMS if is_cifar100 else f"The terms of {title} are in its own card.",
+        files="".join(f"\n- {line}" for line in results.get("files", ())),
         changes=changes or "none",
+        licence=licence or "none is stated",
+        split=run.get("best_epoch_split", "test"),
         run=run,
         results=results,
     )

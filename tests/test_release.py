@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 import release
+from finished_run import FinishedRun
+from run_folder import RunError
 
 
 @pytest.fixture
@@ -76,7 +78,7 @@ def test_runs_that_do_not_belong_are_refused(
 ):
     with pytest.raises(ValueError, match="another recipe: teacher"):
         released([student_run, teacher_run], tiny_dataset)
-    with pytest.raises(ValueError, match="holds no finished run"):
+    with pytest.raises(RunError, match="holds no finished run"):
         released([tmp_path], tiny_dataset)
     with pytest.raises(ValueError, match="trained gld_wrn16_1, not gld_wrn16_2"):
         release.release([student_run], "gld_wrn16_2.x", "cifar100_wrn16_2", str(tiny_dataset))
@@ -89,7 +91,7 @@ def test_runs_that_do_not_belong_are_refused(
     old = tmp_path / "old"
     shutil.copytree(student_run, old)
     (old / "summary.json").write_text(json.dumps(dict(top1=1.0, top5=2.0)))
-    with pytest.raises(ValueError, match="did not record its teacher; delete its"):
+    with pytest.raises(RunError, match="did not record its teacher; delete its"):
         released([old], tiny_dataset)
     with pytest.raises(ValueError, match=r"its log says 99\.00"):
         released([wrong], tiny_dataset)
@@ -105,12 +107,11 @@ def test_a_teacher_loaded_from_float16_is_known_by_its_tag(teacher_run, package)
 
     from models import weights_sha256
 
-    file = teacher_run / "last" / "model.safetensors"
-    (package / "weights" / "half").mkdir()
-    release._copy(file, package / "weights" / "half", float16=True)
-    overlay = dict(file=str(package / "weights" / "half" / file.name), num_classes=4)
+    folder = package / "weights" / "half"
+    release.repack(FinishedRun.load(teacher_run), folder, float16=True)
+    overlay = dict(file=str(folder / "model.safetensors"), num_classes=4)
     model = timm.create_model("gld_wrn16_1", pretrained=True, pretrained_cfg_overlay=overlay)
-    entry = dict(sha256="of the file", file=f"half/{file.name}", runs=[])
+    entry = dict(sha256="of the file", file="half/model.safetensors", runs=[])
     results = dict(weights={"gld_wrn16_1.half": entry}, runs={})
     (package / "results.json").write_text(json.dumps(results))
     teacher = dict(name="gld_wrn16_1.half", sha256=weights_sha256(model), top1=1.0)

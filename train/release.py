@@ -20,14 +20,15 @@ from typing import Any, Literal
 import timm
 import torch
 from jsonargparse import ArgumentParser
-from safetensors.torch import load_file, save, save_file
-from timm.task import ClassificationEvaluator
+from safetensors.torch import load_file, save
+from timm.data import resolve_model_data_config
 
-import gld_zoo  # noqa: F401  registers the models
-from batches import Normalize, Share, Transforms
+from batches import Normalize, Transforms
 from disk import sha256
-from loaders import eval_batches
-from models import resolve_data_config
+from evaluate import evaluate
+from finished_run import FinishedRun
+from gld_zoo.hub import save_pretrained
+from models import create_frozen, resolve_data_config
 from recipe import Recipe
 from sources import CHECKOUT, ImageSource
 from tensor_path import decode
@@ -61,89 +62,50 @@ def release(
         float16: Ship tensors of two or more dimensions in float16.
 
     Raises:
-        ValueError: If a run is not finished, its student is not the named architecture, runs differ
-            in more than their seed, the teacher's weights are not on record, or the file does not
-            score what the run's log says.
+        RunError: If a run is not finished.
+        ValueError: If its student is not the named architecture, runs differ in more than their
+            seed, the teacher's weights are not on record, or the file does not score what the run's
+            log says.
     """
-    recipes = [_load(run, name.split(".")[0]) for run in runs]
-    recipe, run = recipes[0], runs[0]
-    for other, path in zip(recipes, runs, strict=True):
-        different = dataclasses.replace(other, seed=recipe.seed).differences(recipe)
-        if different:
-            raise ValueError(f"{path} is a run of another recipe: {'; '.join(different)}")
+    finished = [FinishedRun.load(run) for run in runs]
+    first = finished[0]
+    for other in finished:
+        if other.recipe.student != name.split(".")[0]:
+            raise ValueError(f"{other.path} trained {other.recipe.student}, not {name}")
+        different = dataclasses.replace(other.recipe, seed=first.recipe.seed)
+        if differences := different.differences(first.recipe):
+            raise ValueError(f"{other.path} is a run of another recipe: {'; '.join(differences)}")
     published = Recipe.load(CHECKOUT / "train" / "recipes" / f"{recipe_name}.yaml")
-    summaries = [json.loads((path / "summary.json").read_text(encoding="utf-8")) for path in runs]
-    if "teacher" not in summaries[0]:
-        raise ValueError(
-            f"{run} was finished by a version that did not record its teacher; delete its "
-            "summary.json and resume it"
+    teacher = teacher_on_record(first.summary["teacher"])
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = repack(first, Path(temporary), float16=float16 and ship)
+        result = evaluate(
+            f"local-dir:{folder}", ImageSource(test_set), grid=0, device=torch.device("cpu")
         )
-    teacher = teacher_on_record(summaries[0]["teacher"])
-    with tempfile.TemporaryDirectory() as folder:
-        file = _copy(run / "last" / "model.safetensors", Path(folder), float16=float16 and ship)
-        digest = sha256(file)
-        overlay = dict(file=str(file), num_classes=_classes(run))
-        model = timm.create_model(recipe.student, pretrained=True, pretrained_cfg_overlay=overlay)
-        config = resolve_data_config(model.eval(), recipe.image_size, recipe.crop_pct)
-        scores, images = measure(model, config, test_set)
-        if abs(scores["top1"] - summaries[0]["top1"]) > (0.05 if float16 else 0.01):
+        scores = {key: round(result[key], 2) for key in ("top1", "top5")}
+        if abs(scores["top1"] - first.summary["top1"]) > (0.05 if float16 else 0.01):
             raise ValueError(
-                f"{name} scores {scores['top1']:.2f} %, its log says {summaries[0]['top1']:.2f}"
+                f"{name} scores {scores['top1']:.2f} %, its log says {first.summary['top1']:.2f}"
             )
-        summaries[0].update(scores)  # those of the very file
         log = PACKAGE / "weights" / f"{name}.metrics.jsonl"
-        shutil.copyfile(run / "metrics.jsonl", log)
+        file = folder / "model.safetensors"
+        digest = sha256(file)
+        shutil.copyfile(first.path / "metrics.jsonl", log)
         if ship:
             shutil.copyfile(file, log.with_name(f"{name}.safetensors"))
-            logits = json.dumps(stored_logits(model, config)) + "\n"
+            logits = json.dumps(stored_logits(f"local-dir:{folder}")) + "\n"
             log.with_name(f"{name}.logits.json").write_text(logits, encoding="utf-8")
-    environments = [json.loads((path / "env.json").read_text(encoding="utf-8")) for path in runs]
-    environment = environments[0]
     return dict(
         teacher=teacher,
-        dataset=Path(summaries[0]["dataset"]).name,
-        train_images=summaries[0]["train_images"],
+        **first.description(),
         recipe=recipe_name,
-        changes=changes(recipe, published, teacher),
-        epochs=recipe.epochs,
-        schedule=f"SGD, batch {recipe.batch_size}, lr {recipe.lr:g} x{recipe.lr_decay:g} at "
-        + " and ".join(f"{drop:.0%}" for drop in recipe.lr_drops),
-        test_images=images,
-        precision=environment["mixed_precision"],
-        hardware=f"{environment['device']}, {environment['processor']}",
-        versions=environment["versions"],
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        changes=changes(first.recipe, published, teacher),
+        test_images=result["images"],
+        parameters=result["parameters"],
         file=f"{name}.safetensors" if ship else None,
         sha256=digest,
-        runs=[
-            dict(
-                seed=each.seed,
-                top1=summary["top1"],
-                top5=summary["top5"],
-                best_epoch=summary["best_epoch"],
-                best_epoch_top1=summary["best_epoch_top1"],
-                hours=round(summary["seconds"] / 3600, 2),
-                commit=environment["commit"],
-                sha256=sha256(path / "last" / "model.safetensors"),
-            )
-            for each, summary, environment, path in zip(
-                recipes, summaries, environments, runs, strict=True
-            )
-        ],
+        runs=[dict(first.scores(), **scores), *(other.scores() for other in finished[1:])],
     )
-
-
-def _load(run: Path, architecture: str) -> Recipe:
-    if not (run / "summary.json").is_file():
-        raise ValueError(f"{run} holds no finished run")
-    recipe = Recipe.load(run / "recipe.yaml")
-    if recipe.student != architecture:
-        raise ValueError(f"{run} trained {recipe.student}, not {architecture}")
-    return recipe
-
-
-def _classes(run: Path) -> int:
-    return json.loads((run / "last" / "config.json").read_text(encoding="utf-8"))["num_classes"]
 
 
 def teacher_on_record(teacher: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -201,36 +163,21 @@ def record(
     row[role]["weights"] = name
 
 
-def _copy(source: Path, folder: Path, *, float16: bool) -> Path:
-    target = folder / source.name
-    tensors = load_file(source)
-    if float16:
-        tensors = {
-            name: tensor.half() if tensor.ndim >= 2 else tensor for name, tensor in tensors.items()
-        }
-    save_file(tensors, target, metadata={"format": "pt"})
-    return target
+def repack(run: FinishedRun, folder: Path, *, float16: bool) -> Path:
+    """Write a run's weights anew, in float16 if asked; return the folder, as timm loads it."""
+    model = timm.create_model(f"local-dir:{run.path / 'last'}", pretrained=True)
+    config = resolve_data_config(model, run.recipe.image_size, run.recipe.crop_pct)
+    names = model.pretrained_cfg["label_names"]
+    return save_pretrained(
+        model, folder, label_names=names, data_config=config, float16=float16
+    )
 
 
 @torch.no_grad()
-def measure(
-    model: Any, config: dict[str, Any], test_set: str
-) -> tuple[dict[str, float], int | None]:
-    """Return top-1 and top-5 on a dataset's test split, and its number of images."""
-    size = config["input_size"][-1]
-    transforms = Transforms(size, config["interpolation"], crop_pct=config["crop_pct"])
-    normalize = Normalize(config["mean"], config["std"], torch.device("cpu"))
-    rows = ImageSource(test_set).test
-    test = eval_batches(rows, transforms, normalize, batch_size=500, share=Share())
-    evaluator = ClassificationEvaluator()
-    for images, target in test:
-        evaluator.update(model(images), target)
-    return dict(evaluator.compute()), test.count
-
-
-@torch.no_grad()
-def stored_logits(model: Any, config: dict[str, Any]) -> dict[str, Any]:
+def stored_logits(name: str) -> dict[str, Any]:
     """Return two bundled images uint8 `[2, H, W, 3]` and the logits `[2, K]` they must give."""
+    model: Any = create_frozen(name, torch.device("cpu"))
+    config = resolve_model_data_config(model)
     rows = ImageSource(str(PACKAGE / "data" / "cifar100_mini")).test
     size = config["input_size"][-1]
     pixels = decode(rows, Transforms(size).fit(), size).images[:2]

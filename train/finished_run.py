@@ -1,0 +1,74 @@
+"""What a finished run leaves for others to take: its recipe, scores, machine and weights."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from disk import sha256
+from recipe import Recipe
+from run_folder import RunError
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run's folder, read: `summary.json` marks it as finished."""
+
+    path: Path
+    recipe: Recipe
+    summary: dict[str, Any]
+    environment: dict[str, Any]
+
+    @classmethod
+    def load(cls, path: Path) -> FinishedRun:
+        """Read a folder.
+
+        Raises:
+            RunError: If it holds no finished run, or one of an old version.
+        """
+        if not (path / "summary.json").is_file():
+            raise RunError(f"{path} holds no finished run; go on with one by --resume")
+        summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+        if "teacher" not in summary:
+            raise RunError(
+                f"{path} was finished by a version that did not record its teacher; delete its "
+                "summary.json and resume it"
+            )
+        environment = json.loads((path / "env.json").read_text(encoding="utf-8"))
+        return cls(path, Recipe.load(path / "recipe.yaml"), summary, environment)
+
+    @property
+    def dataset(self) -> str:
+        """The dataset's hub id, or the name of its folder."""
+        name = self.summary["dataset"]
+        return Path(name).name if Path(name).is_absolute() or Path(name).is_dir() else name
+
+    def description(self) -> dict[str, Any]:
+        """Return how it was trained, as results.json holds it."""
+        recipe, environment = self.recipe, self.environment
+        return dict(
+            dataset=self.dataset,
+            train_images=self.summary["train_images"],
+            epochs=recipe.epochs,
+            schedule=f"SGD, batch {recipe.batch_size}, lr {recipe.lr:g} x{recipe.lr_decay:g} at "
+            + " and ".join(f"{drop:.0%}" for drop in recipe.lr_drops),
+            precision=environment["mixed_precision"],
+            hardware=f"{environment['device']}, {environment['processor']}",
+            versions=environment["versions"],
+        )
+
+    def scores(self) -> dict[str, Any]:
+        """Return what it scored, as results.json holds each seed."""
+        summary = self.summary
+        return dict(
+            seed=self.recipe.seed,
+            top1=summary["top1"],
+            top5=summary["top5"],
+            best_epoch=summary["best_epoch"],
+            best_epoch_top1=summary["best_epoch_top1"],
+            hours=round(summary["seconds"] / 3600, 2),
+            commit=self.environment["commit"],
+            sha256=sha256(self.path / "last" / "model.safetensors"),
+        )
