@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,8 @@ def save_pretrained(
         _write_config(model, partial / "config.json", label_names, data_config)
         if card is not None:
             card.save(partial / "README.md")
+        # safetensors makes its file for its owner alone, whatever the umask
+        shutil.copymode(partial / "config.json", partial / "model.safetensors")
         for written in sorted(partial.iterdir()):
             os.replace(written, folder / written.name)
     return folder
@@ -82,9 +85,7 @@ def save_pretrained(
 
 def to_float16(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Halve tensors of two or more dimensions; biases and batch norm keep their precision."""
-    return {
-        name: tensor.half() if tensor.ndim >= 2 else tensor for name, tensor in tensors.items()
-    }
+    return {name: tensor.half() if tensor.ndim >= 2 else tensor for name, tensor in tensors.items()}
 
 
 def _write_config(
@@ -184,7 +185,7 @@ def model_card(model: Any, results: dict[str, Any], repo_id: str) -> ModelCard:
     is_cifar100 = dataset in ("cifar100", CIFAR100)
     hub_id = CIFAR100 if is_cifar100 else dataset if "/" in dataset else None
     title = "CIFAR-100" if is_cifar100 else dataset
-    licence = results.get("license", "apache-2.0")
+    licence, files = results.get("license", "apache-2.0"), results.get("files", [])
     measured: dict[str, Any] = dict(
         task_type="image-classification",
         dataset_type=hub_id or re.sub(r"[^\w.-]+", "-", dataset),
@@ -213,7 +214,7 @@ def model_card(model: Any, results: dict[str, Any], repo_id: str) -> ModelCard:
         dataset=title,
         use=CIFAR100_USE if is_cifar100 else f"Not for images unlike those of {title}.",
         terms=CIFAR100_TERMS if is_cifar100 else f"The terms of {title} are in its own card.",
-        files="".join(f"\n- {line}" for line in results.get("files", ())),
+        files="".join(f"\n- {line}" for line in files) + ("\n" if files else ""),
         changes=changes or "none",
         licence=licence or "none is stated",
         split=run.get("best_epoch_split", "test"),

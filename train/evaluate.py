@@ -21,12 +21,12 @@ from jsonargparse.typing import PositiveInt
 from timm.data import resolve_model_data_config
 from torch.utils.flop_counter import FlopCounterMode
 
-from batches import Normalize, Share, Transforms
+from batches import EvalBatches, Normalize, Share, Transforms
 from disk import DiskError, write_text
 from gld_zoo import global_local_logits
 from loaders import eval_batches
 from models import ModelError, Teacher, create_teacher
-from sources import DataError, ImageSource
+from sources import DataError, ImageSource, Rows
 
 BINS = 15  # of equal width, for the calibration error
 
@@ -95,15 +95,8 @@ def evaluate(
     size, mean, std = square_size(config, image_size), config["mean"], config["std"]
     check_takes(name, model, size, device)
     missing = missing_local_rows(model, size, grid, device)
-    transforms = measuring_transforms(config, size)
-    batches = eval_batches(
-        source.test,
-        transforms,
-        Normalize(mean, std, device),
-        batch_size=batch_size,
-        share=Share(),
-        workers=workers,
-        in_memory=not workers,
+    batches = measuring_batches(
+        source.test, config, size, device, batch_size=batch_size, workers=workers
     )
     scores = predict(model, batches, 0 if missing else grid)
     result: dict[str, Any] = dict(
@@ -156,6 +149,32 @@ def measuring_transforms(config: dict[str, Any], size: int) -> Transforms:
         )
     return Transforms(
         size, config["interpolation"], crop_pct=config["crop_pct"], squash=mode == "squash"
+    )
+
+
+def measuring_batches(
+    rows: Rows,
+    config: dict[str, Any],
+    size: int,
+    device: torch.device,
+    *,
+    batch_size: int = 250,
+    workers: int = 0,
+) -> EvalBatches:
+    """Return images as a model's cfg asks for them, of a side in pixels.
+
+    Raises:
+        DataError: If an image or a label cannot be used.
+        ModelError: If the cfg asks for what is not supported.
+    """
+    return eval_batches(
+        rows,
+        measuring_transforms(config, size),
+        Normalize(config["mean"], config["std"], device),
+        batch_size=batch_size,
+        share=Share(),
+        workers=workers,
+        in_memory=not workers,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,13 @@ class FinishedRun:
         """The dataset's hub id, or the name of its folder."""
         name = self.summary["dataset"]
         return Path(name).name if Path(name).is_absolute() or Path(name).is_dir() else name
+
+    def portable(self) -> Recipe:
+        """Return its recipe without folders of this machine: of those only the name is left."""
+        teacher = self.recipe.teacher
+        if teacher and teacher.startswith("local-dir:"):
+            teacher = "local-dir:" + "/".join(Path(teacher.removeprefix("local-dir:")).parts[-2:])
+        return replace(self.recipe, dataset=self.dataset, teacher=teacher)
 
     def description(self) -> dict[str, Any]:
         """Return how it was trained, as results.json holds it."""

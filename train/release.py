@@ -168,9 +168,7 @@ def repack(run: FinishedRun, folder: Path, *, float16: bool) -> Path:
     model = timm.create_model(f"local-dir:{run.path / 'last'}", pretrained=True)
     config = resolve_data_config(model, run.recipe.image_size, run.recipe.crop_pct)
     names = model.pretrained_cfg["label_names"]
-    return save_pretrained(
-        model, folder, label_names=names, data_config=config, float16=float16
-    )
+    return save_pretrained(model, folder, label_names=names, data_config=config, float16=float16)
 
 
 @torch.no_grad()
