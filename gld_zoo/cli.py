@@ -20,13 +20,13 @@ from typing import Any
 import timm
 import torch
 from huggingface_hub import metadata_load
-from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image, ImageOps
 from timm.data import create_transform, resolve_model_data_config
 from timm.models import get_pretrained_cfg
 
 from gld_zoo.explain import explain
 from gld_zoo.heads import global_local_logits
+from gld_zoo.hub import create_model
 
 PACKAGE = Path(__file__).parent
 MODEL = "gld_wrn16_1"
@@ -102,8 +102,8 @@ class Predictor:
 
     def __init__(self, name: str) -> None:
         try:
-            self.model = timm.create_model(name, pretrained=True).eval()
-        except (RuntimeError, ValueError, OSError, HfHubHTTPError) as error:
+            self.model = create_model(name, pretrained=True).eval()
+        except ValueError as error:
             raise CommandError(f"--model {name!r} cannot be created: {error}") from error
         self.transform = create_transform(**resolve_model_data_config(self.model))
         self.names = class_names(self.model)

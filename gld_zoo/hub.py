@@ -10,9 +10,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 import torch.nn as nn
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
 
@@ -102,6 +105,28 @@ def _write_config(
     # the tag names the weights that the model began with or could have, not these
     config.get("pretrained_cfg", {}).pop("tag", None)
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def create_model(name: str, **kwargs: Any) -> Any:
+    """Create a model as timm does, with one kind of error for all that can be wrong with its name.
+
+    Args:
+        name: timm name, hf-hub:ORG/NAME[@REVISION] or local-dir:PATH.
+        **kwargs: As for `timm.create_model`.
+
+    Raises:
+        ValueError: If timm does not know the name, the hub does not have it or cannot be reached,
+            or its weights are missing, damaged or not the architecture's.
+    """
+    try:
+        return timm.create_model(name, **kwargs)
+    except SafetensorError as error:
+        raise ValueError(
+            f"its file of weights is damaged ({error}); download or export it again"
+        ) from error
+    except (RuntimeError, ValueError, OSError, KeyError, HfHubHTTPError) as error:
+        reason = str(error) or f"{type(error).__name__}: its file of weights is missing"
+        raise ValueError(reason) from error
 
 
 def push_to_hub(

@@ -1,4 +1,7 @@
-"""A stand-in for the hub's HTTP protocol: real huggingface_hub pushes to it and pulls from it."""
+"""A stand-in for the hub's HTTP protocol: real huggingface_hub pushes to it and pulls from it.
+
+A repository goes by `ORG/NAME`, one of a dataset by `datasets/ORG/NAME`.
+"""
 
 import base64
 import contextlib
@@ -7,6 +10,14 @@ import json
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qsl
+
+LARGE = (".safetensors", ".parquet", ".onnx")
+
+
+def repo_name(match):
+    """Return a repository's name of the kind and the ORG/NAME in an address."""
+    return match[2] if match[1] == "models" else f"datasets/{match[2]}"
 
 
 class Hub:
@@ -46,27 +57,25 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(dict(errors=[], warnings=[]))
         if path == "/api/repos/create":
             asked = json.loads(body)
-            repo = (
-                f"{asked['organization']}/{asked['name']}"
-                if asked.get("organization")
-                else asked["name"]
-            )
+            repo = f"{asked['organization']}/{asked['name']}"
+            if asked.get("type") == "dataset":
+                repo = f"datasets/{repo}"
             if repo in self.hub.files:
                 return self.answer(dict(error="exists"), 409)
             self.hub.files[repo] = {}
             self.hub.commit(repo, {".gitattributes": b""})
             return self.answer(dict(url=f"{self.server.address}/{repo}", name=repo))
-        if match := re.fullmatch(r"/api/models/(.+)/preupload/(.+)", path):
+        if re.fullmatch(r"/api/(models|datasets)/.+/preupload/.+", path):
             files = [
                 dict(
                     path=file["path"],
-                    uploadMode="lfs" if file["path"].endswith(".safetensors") else "regular",
+                    uploadMode="lfs" if file["path"].endswith(LARGE) else "regular",
                     shouldIgnore=False,
                 )
                 for file in json.loads(body)["files"]
             ]
             return self.answer(dict(files=files))
-        if match := re.fullmatch(r"/(.+)\.git/info/lfs/objects/batch", path):
+        if re.fullmatch(r"/.+\.git/info/lfs/objects/batch", path):
             objects = [
                 dict(
                     oid=one["oid"],
@@ -76,8 +85,12 @@ class Handler(BaseHTTPRequestHandler):
                 for one in json.loads(body)["objects"]
             ]
             return self.answer(dict(transfer="basic", objects=objects))
-        if match := re.fullmatch(r"/api/models/(.+)/commit/(.+)", path):
-            repo = match[1]
+        if match := re.fullmatch(r"/api/(models|datasets)/(.+)/paths-info/(.+)", path):
+            asked = dict(parse_qsl(body.decode(), keep_blank_values=True)).get("paths", "")
+            found = self.tree(repo_name(match), match[3])
+            return self.answer([one for one in found if one["path"] == asked])
+        if match := re.fullmatch(r"/api/(models|datasets)/(.+)/commit/(.+)", path):
+            repo = repo_name(match)
             files = dict(self.hub.files[repo]["main"])
             for line in map(json.loads, body.splitlines()):
                 value = line["value"]
@@ -100,14 +113,22 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         self.hub.requests.append(self.path)
         path = self.path.split("?")[0]
-        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?", path):
-            repo, revision = match[1], match[2] or "main"
+        if match := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/tree/([^/]+)(.*)", path):
+            repo, revision = repo_name(match), match[3]
+            if revision not in self.hub.files.get(repo, {}):
+                return self.missing(repo, revision)
+            found = self.tree(repo, revision, match[4].strip("/"), "recursive=true" in self.path)
+            return self.answer(found) if found else self.answer(dict(error="no folder"), 404)
+        if match := re.fullmatch(
+            r"/api/(models|datasets)/([^/]+/[^/]+)(?:/revision/([^/]+))?", path
+        ):
+            repo, revision = repo_name(match), match[3] or "main"
             if revision not in self.hub.files.get(repo, {}):
                 return self.missing(repo, revision)
             siblings = [dict(rfilename=name) for name in self.hub.files[repo][revision]]
             sha = self.hub.head(repo, revision)
             return self.answer(dict(id=repo, sha=sha, siblings=siblings, tags=[], private=False))
-        if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+        if match := re.fullmatch(r"/((?:datasets/)?[^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             repo, revision, name = match.groups()
             if revision not in self.hub.files.get(repo, {}):
                 return self.missing(repo, revision)
@@ -119,12 +140,32 @@ class Handler(BaseHTTPRequestHandler):
                 "X-Repo-Commit": self.hub.head(repo, revision),
                 "ETag": f'"{hashlib.sha256(content).hexdigest()}"',
             }
+            if match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or ""):
+                first, last = int(match[1]), int(match[2] or len(content) - 1)
+                headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
+                return self.answer(content[first : last + 1], 206, headers)
             if self.hub.corrupt and self.command == "GET" and name.endswith(".safetensors"):
                 content = content[: len(content) // 2]  # the connection breaks
             return self.answer(content, 200, headers, length=len(files[name]))
         return self.answer(dict(error=f"unknown: {path}"), 404)
 
     do_HEAD = do_GET
+
+    def tree(self, repo, revision, folder="", recursive=True):
+        """List a folder's files, and without `recursive` the folders in it instead of theirs."""
+        start = f"{folder}/" if folder else ""
+        found = {}
+        for path, data in self.hub.files[repo][revision].items():
+            if not path.startswith(start):
+                continue
+            child, inner, _ = path.removeprefix(start).partition("/")
+            if inner and not recursive:
+                path = start + child
+                found[path] = dict(type="directory", path=path, size=0, oid="0" * 40)
+            else:
+                digest = hashlib.sha1(data).hexdigest()
+                found[path] = dict(type="file", path=path, size=len(data), oid=digest)
+        return list(found.values())
 
     def missing(self, repo, revision):
         known = repo in self.hub.files

@@ -1,12 +1,15 @@
 """What `save_pretrained` writes is what timm reads, and no more."""
 
 import json
+from pathlib import Path
 
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file, save_file
 
-from gld_zoo.hub import save_pretrained
+from gld_zoo import hub
+from gld_zoo.hub import create_model, save_pretrained
 
 
 @pytest.mark.parametrize("name", ["gld_resnet20", "gld_wrn16_1", "resnet18"])
@@ -52,6 +55,58 @@ def test_wrong_number_of_names_writes_nothing(tmp_path):
             label_names=list("abc"),
         )
     assert not (tmp_path / "hub").exists()
+
+
+def drop(file):
+    tensors = load_file(file)
+    del tensors["fc.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def reshape(file):
+    save_file(dict(load_file(file), **{"fc.weight": torch.zeros(8, 3)}), file)
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (drop, r'Missing key\(s\) in state_dict: "fc.weight"'),
+        (reshape, r"size mismatch for fc.weight.*\[8, 3\].*\[5, 64\]"),
+        (cut, r"file of weights is damaged \(.*\); download or export it again"),
+        (Path.unlink, "No suitable checkpoints found in"),
+    ],
+)
+def test_weights_that_are_not_the_models_are_refused(tmp_path, spoil, reason):
+    save_pretrained(timm.create_model("gld_resnet20", num_classes=5), tmp_path)
+    spoil(tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=f"(?s){reason}"):
+        create_model(f"local-dir:{tmp_path}", pretrained=True)
+
+
+def test_names_that_are_not_there_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="Unknown model"):
+        create_model("gld_resnet21")
+    with pytest.raises(ValueError, match="cannot find the requested files in the local cache"):
+        create_model("hf-hub:someone/none", pretrained=True)  # the tests are offline
+
+
+def test_files_take_an_earlier_ones_place_whole(tmp_path, monkeypatch):
+    save_pretrained(timm.create_model("gld_resnet20", num_classes=5), tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.setattr(hub, "save_config_for_hf", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        save_pretrained(timm.create_model("gld_resnet20", num_classes=9), tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_what_is_written_can_be_read_by_whom_the_umask_lets(tmp_path):
+    save_pretrained(timm.create_model("gld_resnet20"), tmp_path)
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1
 
 
 def test_the_saved_model_is_left_as_it_was(tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from conftest import BUNDLED, CHECKOUT
 from hub_server import serve
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
@@ -52,6 +53,24 @@ def run(code, home, address, *arguments, fails=False, **environment):
     )
     assert (result.returncode != 0) == fails, result.stdout + result.stderr
     return result.stderr if fails else result.stdout
+
+
+PUSH_DATASET = f"""
+from huggingface_hub import HfApi
+api = HfApi()
+api.create_repo("someone/images", repo_type="dataset")
+api.upload_folder(repo_id="someone/images", repo_type="dataset", folder_path={str(BUNDLED)!r})
+"""
+PULL_DATASET = f"""
+import sys
+sys.path.insert(0, {str(CHECKOUT / "train")!r})
+from sources import ImageSource
+for streaming in (False, True):
+    source = ImageSource("someone/images", streaming=streaming)
+    row = next(iter(source.train.table))
+    image = source.train.read(row[source.train.image_column], "here")
+    print(len(source.train), len(source.test), len(source.label_names), image.size)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +133,46 @@ def test_a_broken_download_is_never_used(hub, tmp_path):
     assert not list((tmp_path / "home").rglob("snapshots/*/model.safetensors"))
     run(PULL, tmp_path / "home", address, "hf-hub:someone/mine", tmp_path / "x")
     assert (tmp_path / "x").exists()
+
+
+@pytest.mark.slow
+def test_a_finished_run_goes_to_the_hub_and_comes_back(hub, student_run, tmp_path):
+    server, address, _ = hub
+    code = f"""
+import sys
+sys.path.insert(0, {str(CHECKOUT / "train")!r})
+from export import cli
+cli(sys.argv[1:])
+"""
+    folder = tmp_path / "out"
+    arguments = [student_run, folder, "--push", "someone/run", "--license", "mit"]
+    printed = run(code, tmp_path / "home", address, *arguments)
+    assert f"{address}/someone/run/commit/" in printed
+    files = server.files["someone/run"]["main"]
+    written = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert files == {".gitattributes": b"", **written}
+    run(PULL, tmp_path / "home", address, "hf-hub:someone/run", tmp_path / "pulled.safetensors")
+    pulled, last = (
+        load_file(path)
+        for path in (tmp_path / "pulled.safetensors", student_run / "last" / "model.safetensors")
+    )
+    assert all(torch.equal(pulled[key], last[key]) for key in last.keys() | pulled.keys())
+    # an address where nobody answers: the folder stays, and the error says how to go on
+    arguments = [student_run, tmp_path / "other", "--push", "someone/run"]
+    nowhere = "http://127.0.0.1:9"
+    error = run(code, tmp_path / "home", nowhere, *arguments, fails=True)
+    assert error.startswith("error: ")
+    assert "is written but not pushed: [Errno 111]" in error
+    assert f"hf upload someone/run {tmp_path / 'other'}" in error
+    assert (tmp_path / "other" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_datasets_come_by_hub_id_copied_and_streamed(hub, tmp_path):
+    _, address, _ = hub
+    run(PUSH_DATASET, tmp_path / "pusher", address)
+    printed = run(PULL_DATASET, tmp_path / "home", address)
+    assert printed.splitlines() == 2 * ["2000 1000 100 (32, 32)"]
 
 
 @pytest.mark.parametrize("name", sorted(RESULTS))

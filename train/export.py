@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from jsonargparse import ArgumentParser
 from timm.data import resolve_model_data_config
@@ -158,7 +158,7 @@ def push(folder: Path, repo_id: str, *, private: bool | None) -> str:
     """
     try:
         return push_folder(folder, repo_id, private=private)
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except Exception as error:  # of huggingface_hub, or of the HTTP library below it
         raise RunError(
             f"{folder} is written but not pushed: {error}; push it again by "
             f"`hf upload {repo_id} {folder}`"

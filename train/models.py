@@ -6,15 +6,14 @@ import hashlib
 from pathlib import Path
 from typing import Any, cast
 
-import timm
 import torch
 import torch.nn as nn
-from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import save
 from timm.data import resolve_model_data_config
 
 from gld_zoo import GlobalLocal
 from gld_zoo.folding import fold_batch_norm
+from gld_zoo.hub import create_model
 
 
 class ModelError(ValueError):
@@ -103,10 +102,9 @@ def _create(role: str, name: str, device: torch.device, **kwargs: Any) -> Any:
             "it first, or name another"
         )
     try:
-        model = timm.create_model(name, **kwargs)
-    except (RuntimeError, ValueError, OSError, HfHubHTTPError) as error:
-        reason = str(error) or f"{type(error).__name__}: its file of weights is missing"
-        raise ModelError(f"{role}={name!r} cannot be created: {reason}") from error
+        model = create_model(name, **kwargs)
+    except ValueError as error:
+        raise ModelError(f"{role}={name!r} cannot be created: {error}") from error
     if model.in_chans != 3:
         raise ModelError(f"{role}={name!r} takes {model.in_chans} channels; the trainer gives RGB")
     return model.to(device, memory_format=torch.channels_last)
