@@ -5,11 +5,14 @@ from collections import OrderedDict
 import pytest
 import timm
 import torch
+from conftest import BUNDLED
 from PIL import Image
 from torch import nn
 
 import gld_zoo  # noqa: F401  registers the models
+from evaluate import evaluate
 from gld_zoo.hub import save_pretrained
+from sources import ImageSource
 
 NAMES = ["ant", "bee", "cat", "dog"]
 
@@ -108,6 +111,40 @@ def test_transformers_pipeline_shows_the_class_names(saved):
     assert [line["label"] for line in found] == [NAMES[i] for i in indices]
     for line, value in zip(found, p.tolist(), strict=True):
         assert line["score"] == pytest.approx(value, abs=1e-3)
+
+
+@torch.no_grad()
+def test_timm_validates_through_its_own_datasets_and_loader():
+    model = timm.create_model("gld_wrn16_1", pretrained=True).eval()
+    columns = dict(input_key="img", target_key="fine_label")
+    dataset = timm.data.create_dataset(f"hfds/{BUNDLED}", root=None, split="test", **columns)
+    config = timm.data.resolve_model_data_config(model)
+    loader = timm.data.create_loader(
+        dataset,
+        batch_size=250,
+        use_prefetcher=False,
+        num_workers=0,
+        **{key: config[key] for key in ("input_size", "interpolation", "mean", "std", "crop_pct")},
+    )
+    hits = sum((model(images).argmax(1) == target).sum().item() for images, target in loader)
+    ours = evaluate("gld_wrn16_1", ImageSource(str(BUNDLED)), grid=0, device=torch.device("cpu"))
+    assert 100 * hits / len(dataset) == pytest.approx(ours["top1"], abs=0.1)
+
+
+@pytest.mark.parametrize("name", ["gld_resnet20", "gld_wrn16_1", "gld_resnet18"])
+@torch.no_grad()
+def test_torchvision_extracts_features(name):
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    model = timm.create_model(name).eval()
+    images = torch.randn(2, *model.default_cfg["input_size"])
+    info = model.feature_info[-1]
+    extractor = create_feature_extractor(model, {info["module"]: "map"})
+    found = extractor(images)["map"]
+    assert found.shape[1] == info["num_chs"]
+    assert found.shape[-1] == images.shape[-1] // info["reduction"]
+    expected = model.forward_intermediates(images, indices=1, intermediates_only=True, norm=False)
+    torch.testing.assert_close(found, expected[0])
 
 
 @pytest.mark.parametrize("name", ["gld_resnet20", "gld_wrn16_1", "gld_resnet18"])
