@@ -3,6 +3,7 @@
 Importing this package registers the `gld_*` models with timm and does nothing else.
 """
 
+import importlib
 from typing import Any
 
 from gld_zoo import cifar_resnet, cifar_wrn, gld_resnet  # noqa: F401  registers the models
@@ -16,15 +17,22 @@ __all__ = [
     "GLDTask",
     "GlobalLocal",
     "__version__",
+    "create_deeplabv3plus",
+    "create_ssd300",
     "global_local_logits",
     "logit_kl",
     "relation",
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name == "GLDTask":  # timm's training code is for those who ask for it
-        from gld_zoo.task import GLDTask
+LAZY = dict(  # torchvision's and timm's training code is for those who ask for it
+    GLDTask="gld_zoo.task",
+    create_deeplabv3plus="gld_zoo.segmentation",
+    create_ssd300="gld_zoo.detection",
+)
 
-        return GLDTask
+
+def __getattr__(name: str) -> Any:
+    if name in LAZY:
+        return getattr(importlib.import_module(LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,117 @@
+"""What detectors and segmenters share: timm backbones by stride, and folders to keep a model in."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from gld_zoo.hub import create_model
+
+FACTORIES = dict(create_ssd300="gld_zoo.detection", create_deeplabv3plus="gld_zoo.segmentation")
+
+
+def create_backbone(
+    name: str, strides: tuple[int, ...], *, pretrained: bool, output_stride: int = 32
+) -> Any:
+    """Build a timm model that returns its feature maps at some strides.
+
+    Args:
+        name: timm name, hf-hub:ORG/NAME or local-dir:PATH.
+        strides: Of the maps in pixels, ascending, before `output_stride` limits them.
+        pretrained: Load the name's weights.
+        output_stride: Stride of the deepest map; below 32 the last stages are dilated instead.
+
+    Returns:
+        timm's feature model: images `[B, 3, H, W]` to a list of maps, with `feature_info`.
+
+    Raises:
+        ValueError: If the name, or its weights, cannot be had, or a stride is not among its maps'.
+    """
+    try:
+        with torch.device("meta"):
+            known = create_model(name, features_only=True).feature_info.reduction()
+    except ValueError as error:
+        raise ValueError(f"backbone={name!r} cannot be created: {error}") from error
+    missing = [stride for stride in strides if stride not in known]
+    if missing:
+        raise ValueError(
+            f"backbone={name!r} has maps at strides {known}, not at {missing}; take one for larger "
+            "images, such as gld_resnet18"
+        )
+    options: dict[str, Any] = dict(output_stride=output_stride) if output_stride != 32 else {}
+    indices = tuple(known.index(stride) for stride in strides)
+    try:
+        return create_model(
+            name, pretrained=pretrained, features_only=True, out_indices=indices, **options
+        )
+    except TypeError as error:  # an architecture that does not know the option
+        raise ValueError(
+            f"backbone={name!r} cannot be dilated to output_stride={output_stride}: {error}"
+        ) from error
+    except ValueError as error:
+        remedy = "; pass pretrained_backbone=False for random weights" if pretrained else ""
+        raise ValueError(f"backbone={name!r} cannot be created: {error}{remedy}") from error
+
+
+def save_downstream(model: nn.Module, folder: str | Path, *, label_names: list[str]) -> Path:
+    """Write a detector or segmenter as `model.safetensors` and `config.json`.
+
+    Each file takes the place of an earlier one whole, and only once both are written.
+
+    Args:
+        model: From `create_ssd300` or `create_deeplabv3plus`.
+        folder: Made if it is not there.
+        label_names: Class names in order, a detector's without the background.
+
+    Returns:
+        The folder.
+    """
+    config = dict(model.config, label_names=label_names)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()
+    }
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as name:
+        partial = Path(name)
+        save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        shutil.copymode(partial / "config.json", partial / "model.safetensors")
+        for written in sorted(partial.iterdir()):
+            os.replace(written, folder / written.name)
+    return folder
+
+
+def load_downstream(folder: str | Path) -> Any:
+    """Load what `save_downstream` wrote, in eval mode; `config` has its `label_names`.
+
+    Raises:
+        ValueError: If the folder does not hold such a model, or it is damaged.
+    """
+    folder = Path(folder)
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        arguments = dict(config)
+        names, factory = arguments.pop("label_names"), arguments.pop("factory")
+        create = getattr(importlib.import_module(FACTORIES[factory]), factory)
+        tensors = load_file(folder / "model.safetensors")
+        model = create(**arguments, pretrained_backbone=False)
+        model.load_state_dict(tensors)
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"{folder} holds no whole detector or segmenter ({reason}); name a folder that "
+            "save_downstream or the trainer wrote"
+        ) from error
+    model.config["label_names"] = names
+    return model.eval()

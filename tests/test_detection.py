@@ -1,0 +1,138 @@
+"""SSD300: torchvision's interface, the map sizes, the exported part, and what it refuses."""
+
+import pytest
+import torch
+
+import gld_zoo
+from gld_zoo.detection import MAPS, DenseSSD, create_ssd300
+from gld_zoo.downstream import load_downstream, save_downstream
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return create_ssd300("gld_resnet18", num_classes=5, pretrained_backbone=False).eval()
+
+
+def parameters(model):
+    return sum(weight.numel() for weight in model.parameters())
+
+
+def test_parameters_with_21_classes():
+    """The paper's 21.57M and 31.68M have extra layers that it does not give."""
+    assert parameters(gld_zoo.create_ssd300(pretrained_backbone=False)) == 15_481_646
+    assert parameters(create_ssd300("gld_resnet34", pretrained_backbone=False)) == 25_589_806
+
+
+@pytest.mark.parametrize("backbone", ["gld_resnet18", "mobilenetv3_small_050"])
+@torch.no_grad()
+def test_maps_are_ssd300s(backbone):
+    model = create_ssd300(backbone, 3, pretrained_backbone=False).eval()
+    maps = model.backbone(torch.zeros(1, 3, 300, 300)).values()
+    assert tuple(one.shape[-1] for one in maps) == MAPS
+    offsets, logits = DenseSSD(model)(torch.zeros(1, 3, 300, 300))
+    assert offsets.shape == (1, 8732, 4)
+    assert logits.shape == (1, 8732, 3)
+
+
+def test_losses_in_training_detections_in_evaluation(model):
+    images = [torch.rand(3, 200, 320), torch.rand(3, 90, 60)]
+    targets = [
+        dict(boxes=torch.tensor([[20.0, 30.0, 180.0, 190.0]]), labels=torch.tensor([2])),
+        dict(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.int64)),
+    ]
+    losses = model.train()(images, targets)
+    assert losses.keys() == {"bbox_regression", "classification"}
+    sum(losses.values()).backward()
+    assert model.backbone.body.conv1.weight.grad.abs().sum() > 0
+    model.zero_grad()
+    found = model.eval()(images)
+    for image, one in zip(images, found, strict=True):
+        assert one.keys() == {"boxes", "labels", "scores"}
+        height, width = image.shape[1:]
+        assert (one["boxes"] >= 0).all()
+        assert (one["boxes"] <= torch.tensor([width, height, width, height]) + 1e-3).all()
+        assert (one["scores"] >= 0.01).all()
+
+
+def test_an_image_without_boxes_alone_costs_nothing_but_is_finite(model):
+    target = dict(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.int64))
+    losses = model.train()([torch.rand(3, 100, 100)], [target])
+    model.eval()
+    assert all(loss.item() == 0 for loss in losses.values())
+
+
+@torch.no_grad()
+def test_the_dense_part_decoded_is_the_model(model):
+    dense = DenseSSD(model).eval()
+    images = torch.rand(2, 3, 300, 300)
+    sizes = [(300, 300), (300, 300)]
+    for expected, got in zip(model(list(images)), dense.decode(*dense(images), sizes), strict=True):
+        for key in expected:
+            torch.testing.assert_close(got[key], expected[key], rtol=1e-4, atol=1e-4)
+    twice = dense.decode(*dense(images), [(600, 300), (300, 300)])
+    assert twice[0]["boxes"][:, 3].max() > 300
+
+
+@torch.no_grad()
+def test_the_dense_part_exports(model):
+    dense = DenseSSD(model).eval()
+    images = torch.rand(2, 3, 300, 300)
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(dense, (images,), dynamic_shapes=({0: batch},))
+    for got, expected in zip(program.module()(images[:1]), dense(images[:1]), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_the_dense_part_in_onnxruntime_decoded_is_the_model(model, tmp_path):
+    for library in ("onnx", "onnxscript"):
+        pytest.importorskip(library)
+    onnxruntime = pytest.importorskip("onnxruntime")
+    dense = DenseSSD(model).eval()
+    path = tmp_path / "ssd.onnx"
+    images = torch.rand(2, 3, 300, 300)
+    batch = torch.export.Dim("batch")
+    torch.onnx.export(
+        dense, (images,), path, dynamo=True, dynamic_shapes=({0: batch},), verbose=False
+    )
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    outputs = [torch.from_numpy(one) for one in session.run(None, {name: images.numpy()})]
+    for got, expected in zip(outputs, dense(images), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_saved_model_comes_back(model, tmp_path):
+    folder = save_downstream(model, tmp_path / "ssd", label_names=list("abcd"))
+    loaded = load_downstream(folder)
+    assert loaded.config["label_names"] == list("abcd")
+    image = torch.rand(3, 120, 150)
+    for key, value in model([image])[0].items():
+        assert torch.equal(loaded([image])[0][key], value)
+
+
+def test_what_is_not_whole_is_refused(model, tmp_path):
+    folder = save_downstream(model, tmp_path / "ssd", label_names=list("abcd"))
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="holds no whole detector or segmenter"):
+        load_downstream(folder)
+    with pytest.raises(ValueError, match=r"FileNotFoundError.*config\.json"):
+        load_downstream(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(backbone="gld_wrn16_1"), r"maps at strides \[1, 2, 4\], not at \[8, 16, 32\]"),
+        (dict(backbone="gld_resnet19"), "Unknown model"),
+        (dict(backbone="gld_resnet34"), "pass pretrained_backbone=False for random weights"),
+        (dict(num_classes=1), "num_classes=1 leaves no class"),
+        (dict(backbone="vgg11", pretrained_backbone=False), "gives maps of side"),
+    ],
+)
+def test_mistakes_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        create_ssd300(**options)
