@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
@@ -76,7 +76,7 @@ def save_downstream(model: nn.Module, folder: str | Path, *, label_names: list[s
     Returns:
         The folder.
     """
-    config = dict(model.config, label_names=label_names)
+    config = dict(cast(Any, model).config, label_names=label_names)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
