@@ -37,13 +37,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "train"))
 from accelerate import Accelerator
 from measuring import interleave, peak_memory, ratio
 
+from distiller import Distiller
 from gld_zoo.hub import save_pretrained
 from interruption import CHECK_EVERY, Interruption
 from models import Teacher
 from recipe import Recipe
 from run_folder import RunFolder
 from totals import Totals
-from trainer import Trainer
 
 SETUPS = dict(
     a=("gld_resnet110", "gld_resnet20"),
@@ -107,13 +107,13 @@ def naive_step(setup: str, batch: int, device: torch.device) -> Step:
     return step
 
 
-def our_step(trainer: Trainer) -> Step:
+def our_step(trainer: Distiller) -> Step:
     """Return the trainer's step and what it does beside it in an epoch."""
     images, target = inputs(trainer.recipe.batch_size, trainer.accelerator.device)
     trainer.network.train()
 
     def step() -> None:
-        trainer.totals.add(*reversed(trainer.step(images, target)), target)
+        trainer.totals.add(*trainer.step(images, target))
         if trainer.totals.steps % CHECK_EVERY == 0:
             trainer.totals.check(trainer.totals.steps, 0)
 
@@ -145,7 +145,7 @@ def floor_step(setup: str, batch: int, accelerator: Accelerator) -> Step:
     return step
 
 
-def build_trainer(options: argparse.Namespace, folder: Path, accelerator: Accelerator) -> Trainer:
+def build_trainer(options: argparse.Namespace, folder: Path, accelerator: Accelerator) -> Distiller:
     """Return a trainer of a setup, its teacher of random weights."""
     teacher, student = SETUPS[options.setup]
     save_pretrained(timm.create_model(teacher, num_classes=100), folder / "teacher")
@@ -158,10 +158,10 @@ def build_trainer(options: argparse.Namespace, folder: Path, accelerator: Accele
         threads=options.threads,
         compile=options.compile,
     )
-    return Trainer(recipe, RunFolder(folder / "run", recipe, resume=False), accelerator)
+    return Distiller(recipe, RunFolder(folder / "run", recipe, resume=False), accelerator)
 
 
-def epoch_ratio(trainer: Trainer) -> float:
+def epoch_ratio(trainer: Distiller) -> float:
     """Return the seconds of the trainer's epoch over its steps times those of `our_step`."""
     step = dict(ours=in_turn(our_step(trainer), trainer.accelerator.device))
     times = interleave(step, rounds=30)["ours"]

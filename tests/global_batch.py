@@ -15,9 +15,9 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import nn
 
+from distiller import Distiller
 from recipe import Recipe
 from run_folder import RunFolder
-from trainer import Trainer
 
 
 def main(dataset, teacher, out, *modes):
@@ -39,7 +39,7 @@ def train(accelerator, dataset, teacher, out, mode):
         lr=0.01,
         sync_batch_norm=mode in ("sync", "float32"),
     )
-    trainer = Trainer(recipe, RunFolder(Path(out), recipe, resume=False), accelerator)
+    trainer = Distiller(recipe, RunFolder(Path(out), recipe, resume=False), accelerator)
     trainer.criterion.global_batch = mode != "local"
     trainer.network.train()
     if not recipe.sync_batch_norm:
@@ -49,7 +49,7 @@ def train(accelerator, dataset, teacher, out, mode):
     losses, gradients = [], []
     for epoch in range(5):
         for images, target in trainer.data.train.epoch(epoch):
-            _, terms = trainer.forward(images, target)
+            terms, _ = trainer.forward(images, target)
             accelerator.backward(terms["loss"])
             means = accelerator.reduce(torch.stack(list(terms.values())).detach(), "mean")
             losses.append(means)

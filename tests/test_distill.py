@@ -14,6 +14,7 @@ from conftest import CHECKOUT, SMALL_RUN, launch, read_lines, write_dataset
 from datasets import load_dataset
 from safetensors.torch import load_file
 
+from distiller import accuracy
 from run_folder import summarize
 from totals import NonFiniteLossError, Totals
 
@@ -314,10 +315,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_dataset, tmp_path, distill
 
 def test_the_first_bad_step_is_named():
     totals = Totals(torch.device("cpu"))
-    logits, target = torch.eye(4), torch.tensor([0, 1, 2, 0])
+    others = accuracy(torch.eye(4), torch.tensor([0, 1, 2, 0]))
     for value in (1.0, 2.0, 3.0, float("nan"), float("nan")):
         terms = dict(loss=torch.tensor(1.0), loss_ce=torch.tensor(value))
-        totals.add(terms, logits, target)
+        totals.add(terms, others)
         if value == 3:
             totals.check(23, epoch=2)
             expected = dict(loss=1.0, loss_ce=2.0, train_top1=75.0, train_top5=100.0)
@@ -331,5 +332,5 @@ def test_the_headline_is_the_last_epoch():
         dict(epoch=i, test_top1=top1, test_top5=90.0, seconds=1.0)
         for i, top1 in ((1, 70.0), (2, 60.0))
     ]
-    summary = summarize(history, dict(top1=60.0, top5=90.0))
+    summary = summarize(history, dict(top1=60.0, top5=90.0), "top1")
     assert (summary["top1"], summary["best_epoch"], summary["best_epoch_top1"]) == (60.0, 1, 70.0)

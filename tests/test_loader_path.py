@@ -13,7 +13,7 @@ from datasets import Dataset
 from PIL import Image as PILImage
 
 from batches import Normalize, Share, Transforms
-from loader_path import LoaderBatches, LoaderEval, StreamBatches
+from loader_path import LoaderBatches, StreamBatches, loader_eval
 from sources import DataError, ImageSource
 from tensor_path import TensorEval, decode
 
@@ -80,7 +80,7 @@ def test_measured_images_are_those_of_the_tensor_path(source):
             options = dict(batch_size=8, share=Share(rank, world_size))
             expected = list(TensorEval(split, NORMALIZE, **options))
             transform = transforms.measuring()
-            found = LoaderEval(source.test, transform, NORMALIZE, workers=1, **options)
+            found = loader_eval(source.test, transform, NORMALIZE, workers=1, **options)
             for (images, labels), (theirs, targets) in zip(found, expected, strict=True):
                 assert torch.equal(images, theirs)
                 assert torch.equal(labels, targets)

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from distiller import Distiller
 from recipe import Recipe
 from run_folder import RunFolder
-from trainer import Trainer
 
 READS = {"_local_scalar_dense", "nonzero", "item", "is_nonzero", "equal", "masked_select"}
 
@@ -28,7 +28,7 @@ class Operations(TorchDispatchMode):
 def build(tiny_dataset, tmp_path, **options):
     options = dict(dict(student="gld_wrn16_1", dataset=str(tiny_dataset), batch_size=16), **options)
     recipe = Recipe(**options)
-    trainer = Trainer(recipe, RunFolder(tmp_path / "run", recipe, resume=False), Accelerator())
+    trainer = Distiller(recipe, RunFolder(tmp_path / "run", recipe, resume=False), Accelerator())
     trainer.network.train()
     return trainer
 
@@ -41,8 +41,7 @@ def test_steps_read_nothing_from_the_device(tiny_dataset, teacher_run, tmp_path,
     next(batches)  # an epoch's order and augmentation are drawn on the CPU, once
     with Operations() as operations:
         for images, target in batches:
-            logits, terms = trainer.step(images, target)
-            trainer.totals.add(terms, logits, target)
+            trainer.totals.add(*trainer.step(images, target))
     assert {"convolution", "_fused_sgd_"} <= operations.names
     assert not operations.names & READS
     with operations:
@@ -53,6 +52,6 @@ def test_steps_read_nothing_from_the_device(tiny_dataset, teacher_run, tmp_path,
 def test_without_a_teacher_the_loss_is_cross_entropy(tiny_dataset, tmp_path):
     trainer = build(tiny_dataset, tmp_path)
     images, target = next(trainer.data.train.epoch(0))
-    logits, terms = trainer.forward(images, target)
+    terms, others = trainer.forward(images, target)
     assert torch.equal(terms["loss"], F.cross_entropy(trainer.network(images), target))
-    assert logits.shape == (16, 4)
+    assert others.keys() == {"train_top1", "train_top5"}

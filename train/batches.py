@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torchvision.transforms import v2
@@ -37,6 +37,14 @@ class EvalBatches(Protocol):
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield images `[B, 3, S, S]`, normalised, and labels `[B]`."""
+
+
+class Data(NamedTuple):
+    """A run's batches: to train on, to measure on, and those held out, if any, to select by."""
+
+    train: TrainBatches
+    test: EvalBatches
+    val: EvalBatches | None = None
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The picture of a run: top-1, loss terms and learning rate by epoch."""
+"""The picture of a run: its score, loss terms and learning rate by epoch."""
 
 from __future__ import annotations
 
@@ -14,19 +14,27 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 def measured_split(line: dict[str, Any]) -> str:
     """Return which split a line of metrics was measured on: the one held out, if any."""
-    return "val" if "val_top1" in line else "test"
+    return "val" if any(name.startswith("val_") for name in line) else "test"
 
 
-def draw_curves(history: list[dict[str, Any]], path: Path) -> None:
-    """Draw top-1, loss terms and learning rate by epoch."""
+def draw_curves(history: list[dict[str, Any]], path: Path, score: str, title: str) -> None:
+    """Draw a score in %, loss terms and learning rate by epoch.
+
+    Args:
+        history: A line of metrics an epoch.
+        path: PNG to write.
+        score: Name of the score in the lines, after its split's.
+        title: What people call it.
+    """
     epochs = [line["epoch"] for line in history]
     last = history[-1]
     split = measured_split(last)
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
     for name in ("train", split):
-        values = [line[f"{name}_top1"] for line in history]
-        axes[0].plot(epochs, values, marker=".", label=name)
-    axes[0].set(title=f"top-1, {split} {last[f'{split}_top1']:.2f} %", ylabel="%")
+        if f"{name}_{score}" in last:
+            values = [line[f"{name}_{score}"] for line in history]
+            axes[0].plot(epochs, values, marker=".", label=name)
+    axes[0].set(title=f"{title}, {split} {last[f'{split}_{score}']:.2f} %", ylabel="%")
     terms = [key for key in last if key.startswith("loss")]
     for key in terms if len(terms) > 2 else ["loss"]:
         style = dict(color="black", linewidth=2) if key == "loss" else {}

@@ -1,34 +1,34 @@
-"""Large sets: images read as they are needed, by a DataLoader with torchvision v2 transforms."""
+"""Large sets of classified images: read as they are needed, from rows or from a stream."""
 
 from __future__ import annotations
 
-import atexit
 import itertools
-import multiprocessing
-import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from datasets import IterableDataset as Stream
 from datasets.distributed import split_dataset_by_node
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 from torchvision.transforms import v2
 
-from batches import Batch, Normalize, Share, derive_seed, epoch_generator
-from interruption import SIGNALS
+from batches import Batch, Normalize, Share, derive_seed
+from keyed_loader import (
+    KeyedBatches,
+    KeyedEval,
+    KeyedExamples,
+    Sample,
+    build_loader,
+    finished,
+    transform_under,
+)
 from sources import DataError, Rows
 
-Key = tuple[int, int]  # epoch and row
-Sample = tuple[torch.Tensor, int]
 
-
-class LoaderBatches:
+class LoaderBatches(KeyedBatches):
     """Augmented, normalised batches of rows that are read and decoded when their turn comes.
 
-    The epoch's order is a permutation drawn from (seed, epoch), as on the tensor path; the
-    transform of row i draws from a generator seeded by (seed, epoch, i). Neither depends on the
-    number of workers or processes, or on where a run was resumed.
+    A batch is images `[B, 3, S, S]` in channels-last layout and labels `[B]`.
 
     Args:
         rows: The training split.
@@ -55,29 +55,30 @@ class LoaderBatches:
         share: Share,
         workers: int,
     ) -> None:
-        self.count = len(rows)
-        if self.count < batch_size:
-            raise DataError(
-                f"the training split has {self.count} images, fewer than batch_size={batch_size}"
-            )
-        self.normalize = normalize
-        self.order = _Order(self.count, batch_size, seed, share)
-        self.loader = _loader(
-            _Images(rows, transform, seed), normalize, workers, batch_sampler=self.order
+        rows.labels()  # all in range, or an error
+        super().__init__(
+            KeyedExamples(rows, transform, seed),
+            _collate,
+            _Finish(normalize),
+            count=len(rows),
+            batch_size=batch_size,
+            seed=seed,
+            share=share,
+            workers=workers,
+            pin=normalize.device.type == "cuda",
         )
 
-    def __len__(self) -> int:
-        """Return the steps of an epoch."""
-        return self.order.steps
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """Yield images `[B, 3, S, S]` in channels-last layout and labels `[B]` of one epoch."""
-        self.order.epoch, self.order.start = epoch, start
-        return _batches(self.loader, self.normalize)
-
-
-class LoaderEval:
-    """A process's share of a split, in order, read when its turn comes; nothing dropped or padded.
+def loader_eval(
+    rows: Rows,
+    transform: v2.Compose,
+    normalize: Normalize,
+    *,
+    batch_size: int,
+    share: Share,
+    workers: int,
+) -> KeyedEval | StreamEval:
+    """Return a process's share of a split, in order, read when its turn comes.
 
     Args:
         rows: The split; a stream is split by shards.
@@ -86,6 +87,25 @@ class LoaderEval:
         batch_size: Images a step over all processes.
         share: This process's part.
         workers: Processes that read and transform; 0 does it in this one.
+    """
+    options: dict[str, Any] = dict(batch_size=batch_size, share=share, workers=workers)
+    if isinstance(rows.table, Stream):
+        return StreamEval(rows, transform, normalize, **options)
+    rows.labels()  # all in range, or an error
+    return KeyedEval(
+        KeyedExamples(rows, transform, 0),
+        _collate,
+        _Finish(normalize),
+        count=len(rows),
+        pin=normalize.device.type == "cuda",
+        **options,
+    )
+
+
+class StreamEval:
+    """A process's share of a stream's shards, in order, none dropped or padded.
+
+    Arguments as `loader_eval`'s.
     """
 
     def __init__(
@@ -98,22 +118,20 @@ class LoaderEval:
         share: Share,
         workers: int,
     ) -> None:
-        step = max(1, batch_size // share.world_size)
         self.count = rows.count()
-        self.normalize = normalize
-        if isinstance(rows.table, Stream):
-            images = _StreamedImages(rows, transform, 0, share)
-            self.loader = _loader(images, normalize, images.useful(workers), batch_size=step)
-        else:
-            keys = [(0, int(row)) for row in share.of(torch.arange(len(rows)))]
-            batches = [keys[i : i + step] for i in range(0, len(keys), step)]
-            self.loader = _loader(
-                _Images(rows, transform, 0), normalize, workers, batch_sampler=batches
-            )
+        self.finish = _Finish(normalize)
+        images = _StreamedImages(rows, transform, 0, share)
+        self.loader = build_loader(
+            images,
+            _collate,
+            images.useful(workers),
+            pin=normalize.device.type == "cuda",
+            batch_size=max(1, batch_size // share.world_size),
+        )
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield images `[B, 3, S, S]` and labels `[B]`."""
-        return _batches(self.loader, self.normalize)
+        return finished(self.loader, self.finish)
 
 
 class StreamBatches:
@@ -159,15 +177,16 @@ class StreamBatches:
             raise DataError(
                 f"the training split has {self.count} images, fewer than batch_size={batch_size}"
             )
-        self.normalize = normalize
+        self.finish = _Finish(normalize)
         self.batch_size = share.batch_size(batch_size)
         self.images = _StreamedImages(rows, transform, seed, share, buffer=buffer)
-        self.loader = _loader(
+        self.loader = build_loader(
             self.images,
-            normalize,
+            _collate,
             self.images.useful(workers),
-            batch_size=self.batch_size,
+            pin=normalize.device.type == "cuda",
             persistent=False,  # each epoch's workers start from its number
+            batch_size=self.batch_size,
         )
 
     def __len__(self) -> int:
@@ -179,49 +198,8 @@ class StreamBatches:
         # batches come from the workers in turn: skip whole turns in them, the rest here
         turns, rest = divmod(start, max(1, self.loader.num_workers))
         self.images.epoch, self.images.skip = epoch, turns * self.batch_size
-        batches = _batches(self.loader, self.normalize)
+        batches = finished(self.loader, self.finish)
         yield from itertools.islice(batches, rest, rest + self.steps - start)
-
-
-class _Order:
-    """The rows of each of an epoch's batches, of which this process takes its share."""
-
-    def __init__(self, count: int, batch_size: int, seed: int, share: Share) -> None:
-        self.count, self.batch_size, self.seed, self.share = count, batch_size, seed, share
-        self.steps = count // batch_size
-        self.epoch = self.start = 0
-
-    def __len__(self) -> int:
-        return self.steps - self.start
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        order = torch.randperm(self.count, generator=epoch_generator(self.seed, self.epoch))
-        batches = order[: self.steps * self.batch_size].split(self.batch_size)
-        for rows in map(self.share.of, batches[self.start :]):
-            yield [(self.epoch, row) for row in rows.tolist()]
-
-
-class _Images(Dataset):
-    """Rows read, decoded and transformed by (epoch, row)."""
-
-    def __init__(self, rows: Rows, transform: v2.Compose, seed: int) -> None:
-        self.rows = rows
-        self.labels = rows.labels()
-        self.transform = transform
-        self.seed = seed
-
-    def __getitems__(self, keys: list[Key]) -> list[Sample | DataError]:
-        """Return samples; an error is returned too, as an exception loses its words on the way."""
-        items = self.rows.table[[row for _, row in keys]][self.rows.image_column]
-        return [self._sample(*key, item) for key, item in zip(keys, items, strict=True)]
-
-    def _sample(self, epoch: int, row: int, item: dict[str, Any]) -> Sample | DataError:
-        try:
-            image = self.rows.read(item, self.rows.place(row))
-        except DataError as error:
-            return error
-        seed = derive_seed(self.seed, epoch, row)
-        return _transform(self.transform, image, seed), int(self.labels[row])
 
 
 class _StreamedImages(IterableDataset):
@@ -265,7 +243,7 @@ class _StreamedImages(IterableDataset):
             image = self.rows.read(encoded, self._place(encoded, key))
         except DataError as error:
             return error
-        return _transform(self.transform, image, derive_seed(self.seed, *key)), label
+        return transform_under(self.transform, (image, label), derive_seed(self.seed, *key))
 
     def _place(self, encoded: dict[str, Any], key: tuple[int, ...]) -> str:
         """Return what a stream tells of where an image was: no row, but a file where it has one."""
@@ -276,58 +254,17 @@ class _StreamedImages(IterableDataset):
         return f"image {count + 1} of the {order} of {self.rows.where} ({reader}{file})"
 
 
-def _transform(transform: v2.Compose, image: Any, seed: int) -> torch.Tensor:
-    with torch.random.fork_rng([]):  # torchvision draws from the global generator
-        torch.manual_seed(seed)
-        return transform(image)
-
-
-def _loader(
-    images: Dataset, normalize: Normalize, workers: int, *, persistent: bool = True, **batching: Any
-) -> DataLoader:
-    return DataLoader(
-        images,
-        num_workers=workers,
-        persistent_workers=persistent and workers > 0,
-        pin_memory=normalize.device.type == "cuda",
-        collate_fn=_collate,
-        worker_init_fn=_ignore_signals,
-        generator=torch.Generator(),  # else each epoch draws from the global one
-        **batching,
-    )
-
-
-def _ignore_signals(_: int) -> None:
-    """Leave the end to the process that trains: a signal to all must not cost it its images."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
-@atexit.register
-def _end_workers() -> None:
-    """End workers that a live loader still has at exit.
-
-    multiprocessing would ask them by SIGTERM, which they ignore, and wait for ever. It registered
-    before this module did, so this comes first.
-    """
-    if hasattr(signal, "SIGCHLD"):  # torch's handler would report them as killed
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for process in multiprocessing.active_children():
-        if process.daemon:  # those that it ends without being asked
-            process.kill()
-
-
-def _collate(samples: list[Sample | DataError]) -> Batch | DataError:
-    for sample in samples:
-        if isinstance(sample, DataError):
-            return sample
+def _collate(samples: list[Sample]) -> Batch:
     images, labels = zip(*samples, strict=True)
     return torch.stack(images).permute(0, 2, 3, 1).contiguous(), torch.tensor(labels)
 
 
-def _batches(loader: Iterable[Batch | DataError], normalize: Normalize) -> Iterator[Batch]:
-    for batch in loader:
-        if isinstance(batch, DataError):
-            raise batch
-        pixels, labels = (part.to(normalize.device, non_blocking=True) for part in batch)
-        yield normalize(pixels), labels
+class _Finish:
+    """Move a batch to its device and normalise its images."""
+
+    def __init__(self, normalize: Normalize) -> None:
+        self.normalize = normalize
+
+    def __call__(self, batch: Batch) -> Batch:
+        pixels, labels = (part.to(self.normalize.device, non_blocking=True) for part in batch)
+        return self.normalize(pixels), labels

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from batches import EvalBatches, Normalize, Share, TrainBatches, Transforms, derive_seed
-from loader_path import LoaderBatches, LoaderEval, StreamBatches
+from batches import (
+    Data,
+    EvalBatches,
+    Normalize,
+    Share,
+    TrainBatches,
+    Transforms,
+    derive_seed,
+)
+from loader_path import LoaderBatches, StreamBatches, loader_eval
 from recipe import Recipe
 from sources import DataError, ImageSource, Rows
 from tensor_path import TensorBatches, TensorEval, decode
 
 MEMORY_LIMIT = 8 << 30
-
-
-class Data(NamedTuple):
-    """A run's batches: to train on, to measure on, and those held out, if any, to select by."""
-
-    train: TrainBatches
-    test: EvalBatches
-    val: EvalBatches | None
 
 
 def open_source(recipe: Recipe) -> ImageSource:
@@ -126,7 +126,7 @@ def eval_batches(
     """
     options: dict[str, Any] = dict(batch_size=batch_size, share=share)
     if not in_memory:
-        return LoaderEval(rows, transforms.measuring(), normalize, workers=workers, **options)
+        return loader_eval(rows, transforms.measuring(), normalize, workers=workers, **options)
     split = decode(rows, transforms.measuring(), transforms.size).to(normalize.device)
     return TensorEval(split, normalize, **options)
 

@@ -14,7 +14,7 @@ from curves import draw_curves, measured_split
 from disk import HeldError, flush, lock, replace_folder, replacing, write_text, writing
 from environment import changed_environment, describe_environment
 from gld_zoo.hub import save_pretrained
-from recipe import Recipe
+from options import Options
 
 LOCK = ".lock"
 
@@ -37,7 +37,7 @@ class RunFolder:
             place.
     """
 
-    def __init__(self, path: Path, recipe: Recipe, *, resume: bool) -> None:
+    def __init__(self, path: Path, recipe: Options, *, resume: bool) -> None:
         self.path = path
         self.recipe = recipe
         self.checkpoints = path / "checkpoints"
@@ -63,7 +63,7 @@ class RunFolder:
                 remedy = f"go on with --resume or {remedy}"
             raise RunError(f"{self.path} holds {state}; {remedy}, or delete the folder")
         try:
-            theirs = Recipe.load(saved)
+            theirs = type(self.recipe).load(saved)
         except ValueError as error:
             raise RunError(f"{saved} is not a recipe of this version: {error}") from error
         differences = self.recipe.differences(theirs)
@@ -108,11 +108,9 @@ class RunFolder:
             environment = dict(first, resumed=[*first.get("resumed", []), environment])
         self.write_json("env.json", environment)
 
-    def rewind(self, history: list[dict[str, Any]], accelerator: Accelerator) -> None:
+    def rewind(self, history: list[dict[str, Any]]) -> None:
         """Go back to the history that a checkpoint holds."""
         self.history = list(history)
-        if history and accelerator.is_main_process:
-            self.write_metrics()
 
     def set_aside(self, checkpoints: list[Path], accelerator: Accelerator) -> None:
         """Rename damaged checkpoints, which would count among those to keep."""
@@ -124,12 +122,12 @@ class RunFolder:
                     shutil.rmtree(aside, ignore_errors=True)
                     path.rename(aside)
 
-    def write_metrics(self) -> None:
-        """Write the history's lines and redraw the curves."""
+    def write_metrics(self, score: str, title: str) -> None:
+        """Write the history's lines and redraw the curves, of the score too."""
         lines = "".join(json.dumps(line) + "\n" for line in self.history)
         write_text(self.path / "metrics.jsonl", lines)
         with replacing(self.path / "curves.png") as temporary:
-            draw_curves(self.history, temporary)
+            draw_curves(self.history, temporary, score, title)
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """Write a file whole or not at all."""
@@ -146,16 +144,20 @@ class RunFolder:
             replace_folder(temporary, folder)
 
 
-def summarize(history: list[dict[str, Any]], measured: dict[str, float]) -> dict[str, Any]:
-    """Return the last epoch's scores on the test split, and the best epoch as a footnote."""
+def summarize(
+    history: list[dict[str, Any]], measured: dict[str, float], score: str
+) -> dict[str, Any]:
+    """Return the last epoch's scores on the test split, and the best epoch's as a footnote."""
     split = measured_split(history[-1])
-    best = max(history, key=lambda line: line[f"{split}_top1"])
-    return dict(
-        epochs=history[-1]["epoch"],
-        top1=measured["top1"],
-        top5=measured["top5"],
-        best_epoch=best["epoch"],
-        best_epoch_top1=best[f"{split}_top1"],
-        best_epoch_split=split,
-        seconds=round(sum(line["seconds"] for line in history), 1),
+    best = max(history, key=lambda line: line[f"{split}_{score}"])
+    summary: dict[str, Any] = dict(epochs=history[-1]["epoch"])
+    summary.update((name, value) for name, value in measured.items() if name != "loss")
+    summary.update(
+        {
+            "best_epoch": best["epoch"],
+            f"best_epoch_{score}": best[f"{split}_{score}"],
+            "best_epoch_split": split,
+            "seconds": round(sum(line["seconds"] for line in history), 1),
+        }
     )
+    return summary

@@ -43,38 +43,33 @@ class ImageSource:
         label_column: str | None = None,
         streaming: bool = False,
     ) -> None:
-        splits = _open(name, streaming)
-        train = _pick_split(name, splits, [train_split])
-        test = _pick_split(name, splits, [test_split] if test_split else ["test", "validation"])
+        splits = open_dataset(name, streaming)
+        train, test = pick_splits(name, splits, train_split, test_split)
         features = splits[train].features
         if features is None:  # a stream that does not tell before it is read
             features = splits[train]._resolve_features().features
-        image = _pick_column(name, features, image_column, Image, "image_column")
-        label = _pick_column(name, features, label_column, ClassLabel, "label_column")
+        image = pick_column(name, features, image_column, Image, "image_column")
+        label = pick_column(name, features, label_column, ClassLabel, "label_column")
         self.name = name
         self.label_names = _label_names(name, splits[train], features, label)
         self.train, self.test = (
             Rows(
-                splits[split]
-                .select_columns([image, label])
-                .cast_column(image, Image(decode=False)),
-                image,
-                label,
-                len(self.label_names),
-                f"split {split!r} of {name}",
+                table=encoded(splits[split], image, label),
+                image_column=image,
+                label_column=label,
+                classes=len(self.label_names),
+                where=f"split {split!r} of {name}",
             )
             for split in (train, test)
         )
 
 
-@dataclass(frozen=True)
-class Rows:
+@dataclass(frozen=True, kw_only=True)
+class ImageRows:
     """One split, its images still encoded; `numbers` are the rows' own where some were left out."""
 
     table: Table
     image_column: str
-    label_column: str
-    classes: int
     where: str
     numbers: torch.Tensor | None = None
 
@@ -98,6 +93,53 @@ class Rows:
             return len(self.table)
         split = (self.table.info.splits or {}).get(str(self.table.split))
         return (split.num_examples or None) if split else None
+
+    def place(self, row: int) -> str:
+        """Return how people find a row: its number in the dataset, and the split."""
+        number = row if self.numbers is None else int(self.numbers[row])
+        return f"row {number} of {self.where}"
+
+    def read(self, item: dict[str, Any], place: str) -> PILImage.Image:
+        """Decode an image, upright and RGB; 16-bit grey is scaled to 8 bits, alpha is dropped.
+
+        An image of 32-bit integers counts as 16-bit if it has a value above 255.
+
+        Args:
+            item: The encoded image.
+            place: What an error calls it.
+
+        Raises:
+            DataError: If it cannot be read.
+        """
+        try:
+            image = Image().decode_example(item)
+            if image.mode.startswith("I"):  # convert would cut every value above 255 to white
+                values = np.asarray(image).clip(0, 65535)
+                if image.mode != "I" or values.max() > 255:
+                    values = values // 257
+                image = PILImage.fromarray(values.astype(np.uint8))
+            return image.convert("RGB")
+        except Exception as error:
+            raise DataError(
+                f"{place} is not a readable image ({type(error).__name__}: "
+                f"{error}); remove or replace it"
+            ) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows(ImageRows):
+    """A split of images with a class each."""
+
+    label_column: str
+    classes: int
+
+    def example(self, row: int, item: dict[str, Any]) -> tuple[PILImage.Image, int]:
+        """Return a row's image and class; `labels` has checked the classes of all.
+
+        Raises:
+            DataError: If the image cannot be read.
+        """
+        return self.read(item[self.image_column], self.place(row)), item[self.label_column]
 
     def labels(self) -> torch.Tensor:
         """Return the class indices int64 `[rows]`, none of them out of range.
@@ -137,37 +179,6 @@ class Rows:
         numbers = chosen.nonzero().flatten()
         return replace(self, table=self.table.select(numbers.tolist()), numbers=numbers)
 
-    def place(self, row: int) -> str:
-        """Return how people find a row: its number in the dataset, and the split."""
-        number = row if self.numbers is None else int(self.numbers[row])
-        return f"row {number} of {self.where}"
-
-    def read(self, item: dict[str, Any], place: str) -> PILImage.Image:
-        """Decode an image, upright and RGB; 16-bit grey is scaled to 8 bits, alpha is dropped.
-
-        An image of 32-bit integers counts as 16-bit if it has a value above 255.
-
-        Args:
-            item: The encoded image.
-            place: What an error calls it.
-
-        Raises:
-            DataError: If it cannot be read.
-        """
-        try:
-            image = Image().decode_example(item)
-            if image.mode.startswith("I"):  # convert would cut every value above 255 to white
-                values = np.asarray(image).clip(0, 65535)
-                if image.mode != "I" or values.max() > 255:
-                    values = values // 257
-                image = PILImage.fromarray(values.astype(np.uint8))
-            return image.convert("RGB")
-        except Exception as error:
-            raise DataError(
-                f"{place} is not a readable image ({type(error).__name__}: "
-                f"{error}); remove or replace it"
-            ) from error
-
     def label_error(self, place: str, label: int | None, count: str = "") -> DataError:
         """Return the error for a label outside the classes."""
         return DataError(
@@ -176,7 +187,12 @@ class Rows:
         )
 
 
-def _open(name: str, streaming: bool) -> dict[str, Table]:
+def open_dataset(name: str, streaming: bool = False) -> dict[str, Table]:
+    """Find a dataset's splits by its hub id or folder, the latter also from the checkout.
+
+    Raises:
+        DataError: If it is not there or cannot be loaded.
+    """
     folders = [path for path in (Path(name).expanduser(), CHECKOUT / name) if path.is_dir()]
     if not folders and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
         raise DataError(
@@ -197,6 +213,23 @@ def _open(name: str, streaming: bool) -> dict[str, Table]:
         ) from error
 
 
+def encoded(table: Table, image: str, *others: str) -> Table:
+    """Return some columns of a split, the image still encoded."""
+    return table.select_columns([image, *others]).cast_column(image, Image(decode=False))
+
+
+def pick_splits(
+    name: str, splits: dict[str, Table], train: str, test: str | None
+) -> tuple[str, str]:
+    """Return the names of the splits to train and to measure on; None takes the usual ones.
+
+    Raises:
+        DataError: If one is not there.
+    """
+    wanted = [test] if test else ["test", "validation"]
+    return _pick_split(name, splits, [train]), _pick_split(name, splits, wanted)
+
+
 def _pick_split(name: str, splits: dict[str, Table], wanted: list[str]) -> str:
     for split in wanted:
         if split in splits:
@@ -206,9 +239,14 @@ def _pick_split(name: str, splits: dict[str, Table], wanted: list[str]) -> str:
     )
 
 
-def _pick_column(
+def pick_column(
     name: str, features: dict[str, Any], wanted: str | None, kind: type, option: str
 ) -> str:
+    """Return the column of a type that an option names, or the first one.
+
+    Raises:
+        DataError: If there is none.
+    """
     columns = ", ".join(
         f"{column} ({type(feature).__name__})" for column, feature in features.items()
     )

@@ -45,15 +45,11 @@ class Totals:
         return self.steps / max(self.seconds + running, 1e-9)
 
     @torch.no_grad()
-    def add(
-        self, terms: dict[str, torch.Tensor], logits: torch.Tensor, target: torch.Tensor
-    ) -> None:
-        """Add a step's terms, and the accuracy of its global logits `[B, K]`."""
-        hits = logits.topk(min(5, logits.shape[1])).indices == target[:, None]
-        accuracy = torch.stack([hits[:, 0].sum(), hits.sum()]) * (100 / len(target))
-        values = torch.cat([torch.stack([term.detach() for term in terms.values()]), accuracy])
-        self.names = [*terms, "train_top1", "train_top5"]
-        self._recent.append(values)
+    def add(self, terms: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> None:
+        """Add a step's loss terms, and other scalars to average."""
+        values = {**terms, **others}
+        self._recent.append(torch.stack([value.detach().float() for value in values.values()]))
+        self.names = list(values)
         self.steps += 1
 
     def check(self, step: int, epoch: int) -> None:

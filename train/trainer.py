@@ -1,20 +1,19 @@
-"""One training loop for students, teachers and baselines."""
+"""One training loop for whatever is trained; what is trained is said by its subclasses."""
 
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
+import torch.nn as nn
 from accelerate import Accelerator
-from timm.task import ClassificationEvaluator
 from tqdm.auto import tqdm
 
-from batches import EvalBatches, Share, derive_seed
-from build import build_models
+from batches import Data, EvalBatches, Share, derive_seed
 from checkpoints import (
     CheckpointError,
     list_checkpoints,
@@ -23,15 +22,8 @@ from checkpoints import (
     optimizer_tensors,
     save_checkpoint,
 )
-from gld_zoo import GLDLoss
 from interruption import CHECK_EVERY, Interruption, Stopped
-from loaders import load_data, open_source
-from models import (
-    ModelError,
-    create_frozen,
-    set_training_mode,
-)
-from recipe import Recipe
+from options import Options
 from run_folder import RunError, RunFolder, summarize
 from sources import DataError
 from totals import Totals
@@ -39,8 +31,8 @@ from totals import Totals
 BAR = "{desc} {percentage:3.0f}%|{bar:10}| {n}/{total} {elapsed}<{remaining}{postfix}"
 
 
-class Trainer:
-    """One training loop for students, teachers and baselines.
+class Trainer(ABC):
+    """One training loop; a subclass brings the data, the model, its loss and its scores.
 
     Args:
         recipe: The run's options.
@@ -52,35 +44,70 @@ class Trainer:
         ModelError: If a model does not.
     """
 
-    def __init__(self, recipe: Recipe, run: RunFolder, accelerator: Accelerator) -> None:
+    score: ClassVar[str]  # of what `measure` returns, the one to show and to select by
+    score_title: ClassVar[str]
+
+    def __init__(self, recipe: Options, run: RunFolder, accelerator: Accelerator) -> None:
         self.recipe = recipe
         self.run = run
         self.accelerator = accelerator
-        self.source = open_source(recipe)
-        self.models = build_models(recipe, len(self.source.label_names), accelerator)
-        self.student, self.teacher = self.models.student, self.models.teacher
-        self.config = self.models.config
         share = Share(accelerator.process_index, accelerator.num_processes)
-        self.data = load_data(self.source, recipe, self.config, accelerator.device, share)
-        self._prepare()
-        self.position = (0, 0)  # epochs done, steps done of the next one
-        self.totals = Totals(accelerator.device)
-
-    def _prepare(self) -> None:
-        recipe = self.recipe
-        self.criterion = GLDLoss(
-            recipe.alpha, recipe.beta, local_weight=recipe.local_weight, global_batch=True
-        )
+        self.data, self.model, network = self.build(share)
         optimizer = torch.optim.SGD(
-            [weight for weight in self.student.parameters() if weight.requires_grad],
+            [weight for weight in self.model.parameters() if weight.requires_grad],
             lr=recipe.lr,
             momentum=recipe.momentum,
             weight_decay=recipe.weight_decay,
-            fused=self.accelerator.device.type in ("cpu", "cuda"),
+            fused=accelerator.device.type in ("cpu", "cuda"),
         )
         # the loaders and the learning rate stay ours: each process takes its share of a global
         # batch by itself
-        self.network, self.optimizer = self.accelerator.prepare(self.models.network, optimizer)
+        self.network, self.optimizer = accelerator.prepare(network, optimizer)
+        self.position = (0, 0)  # epochs done, steps done of the next one
+        self.totals = Totals(accelerator.device)
+
+    @abstractmethod
+    def build(self, share: Share) -> tuple[Data, nn.Module, nn.Module]:
+        """Return the data, the model to keep, and the module around it to wrap and train.
+
+        Accelerate patches the forward of what it wraps, so that one must not be the model itself.
+        """
+
+    @abstractmethod
+    def forward(self, *batch: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Return a training batch's `loss` with its terms, and other scalars to average."""
+
+    @abstractmethod
+    def measure(self, batches: EvalBatches) -> dict[str, float]:
+        """Return the model's scores on a split, in float32 at any training precision."""
+
+    @abstractmethod
+    def export(self, name: str) -> None:
+        """Write the model to a folder of the run, as it is loaded."""
+
+    def set_training_mode(self) -> None:
+        """Set the model to training."""
+        self.network.train()
+
+    def introduction(self) -> list[str]:
+        """Return what to tell before training: of the data, and of what is learnt from."""
+        data = self.data
+        held = f", {data.val.count:,} held out" if data.val else ""
+        tests = "" if data.test.count is None else f"{data.test.count:,} "
+        name = vars(self.recipe)["dataset"]
+        return [f"{name}: {data.train.count:,} training and {tests}test images{held}"]
+
+    @abstractmethod
+    def describe_model(self) -> str:
+        """Return the kind and name of what is trained."""
+
+    @abstractmethod
+    def describe_origin(self) -> str:
+        """Return which weights it starts from, where it does not go on with a run's own."""
+
+    @abstractmethod
+    def conclusion(self, summary: dict[str, Any], before: float, origin: str) -> list[str]:
+        """Return what to tell of a finished run."""
 
     def restore(self) -> None:
         """Load the newest undamaged checkpoint, if there is any."""
@@ -92,14 +119,16 @@ class Trainer:
                 self.accelerator.print(f"{error}; trying the one before")
                 damaged.append(path)
                 continue
-            self.student.load_state_dict(tensors["model"])
+            self.model.load_state_dict(tensors["model"])
             load_optimizer_tensors(self.optimizer, tensors["optimizer"])
             if self.accelerator.scaler is not None and state["scaler"]:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
             self.totals.load(state["totals"])
             self.position = (state["epoch"], state["step"])
             self._check_agreement()
-            self.run.rewind(state["history"], self.accelerator)
+            self.run.rewind(state["history"])
+            if state["history"] and self.accelerator.is_main_process:
+                self.run.write_metrics(self.score, self.score_title)
             self.run.set_aside(damaged, self.accelerator)
             return
         self._check_agreement()
@@ -130,7 +159,7 @@ class Trainer:
             save_checkpoint(
                 self.run.checkpoints,
                 f"epoch-{epoch:05d}" + (f"-step-{step:07d}" if step else ""),
-                dict(model=self.student.state_dict(), optimizer=optimizer_tensors(self.optimizer)),
+                dict(model=self.model.state_dict(), optimizer=optimizer_tensors(self.optimizer)),
                 dict(
                     epoch=epoch,
                     step=step,
@@ -169,31 +198,28 @@ class Trainer:
         trained = self.totals.means(self.accelerator)
         line = dict(
             epoch=epoch + 1,
-            lr=recipe.lr_at(epoch),
+            lr=self.optimizer.param_groups[0]["lr"],
             **trained,
             **{f"{split}_{name}": value for name, value in measured.items()},
             images_per_second=round(self.totals.per_second() * recipe.batch_size, 1),
             seconds=round(self.totals.seconds + time.perf_counter() - began, 2),
         )
-        best = max((past[f"{split}_top1"] for past in self.run.history), default=-1.0)
+        best = max((past[f"{split}_{self.score}"] for past in self.run.history), default=-1.0)
         self.run.history.append(line)
         self.position = (epoch + 1, 0)
         self.totals = Totals(self.accelerator.device)
-        if self.accelerator.is_main_process and self.data.val and measured["top1"] > best:
+        if self.accelerator.is_main_process and self.data.val and measured[self.score] > best:
             self.export("best")
         self.save(epoch + 1, 0)
         if self.accelerator.is_main_process:
-            self.run.write_metrics()
+            self.run.write_metrics(self.score, self.score_title)
         self.accelerator.log(line, step=epoch + 1)
         return line
 
     def train_one_epoch(self, epoch: int, interruption: Interruption) -> None:
         """Train for one epoch, counted from 0, or for what is left of it."""
         recipe, start = self.recipe, self.position[1]
-        for group in self.optimizer.param_groups:
-            group["lr"] = recipe.lr_at(epoch)
-        self.network.train()
-        set_training_mode(self.student, recipe.finetune)
+        self.set_training_mode()
         rank = self.accelerator.process_index
         bar = tqdm(
             self.data.train.epoch(epoch, start),
@@ -208,11 +234,11 @@ class Trainer:
         self.totals.start()
         step = start
         try:
-            for step, (images, target) in enumerate(bar, start=start + 1):
+            for step, batch in enumerate(bar, start=start + 1):
+                self.set_learning_rate(epoch + (step - 1) / len(self.data.train))
                 # dropout and stochastic depth are the step's, wherever the run was resumed
                 torch.manual_seed(derive_seed(recipe.seed, epoch, step, rank))
-                logits, terms = self.step(images, target)
-                self.totals.add(terms, logits, target)
+                self.totals.add(*self.step(*batch))
                 if step % CHECK_EVERY == 0 or step in (start + 1, len(self.data.train)):
                     self.totals.check(step, epoch)
                     bar.set_postfix_str(self.postfix(epoch), refresh=False)
@@ -224,32 +250,21 @@ class Trainer:
             raise
         self.totals.stop()
 
-    def step(
-        self, images: torch.Tensor, target: torch.Tensor
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Train on a batch; return the global logits `[B, K]` and the loss with its terms.
+    def set_learning_rate(self, epoch: float) -> None:
+        """Set the learning rate that the recipe asks for after some epochs."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.lr_at(epoch)
+
+    def step(self, *batch: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Train on a batch; return what `forward` did.
 
         Nothing here reads a value from the device.
         """
-        if self.recipe.compile:
-            torch.compiler.cudagraph_mark_step_begin()
-        logits, terms = self.forward(images, target)
+        terms, others = self.forward(*batch)
         self.accelerator.backward(terms["loss"])
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return logits, terms
-
-    def forward(
-        self, images: torch.Tensor, target: torch.Tensor
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Return the student's global logits `[B, K]` and the loss with its terms."""
-        logits = self.network(images)
-        if self.teacher is None:
-            loss = F.cross_entropy(logits.float(), target)
-            return logits, dict(loss=loss, loss_ce=loss)
-        with self.accelerator.autocast():
-            teacher_logits = self.teacher(images)
-        return logits[:, 0], self.criterion(logits, teacher_logits, target)
+        return terms, others
 
     def _interrupt(self, epoch: int, step: int, interruption: Interruption) -> None:
         save, stop = interruption.due(step)
@@ -275,67 +290,30 @@ class Trainer:
             if name.startswith("loss")
         )
         rate = self.totals.per_second() * self.recipe.batch_size
-        top1, lr = means["train_top1"], self.recipe.lr_at(epoch)
-        # a narrow window cuts the end
-        return f"top-1 {top1:.1f} {rate:.0f} images/s lr {lr:g} {terms}"
+        lr = self.optimizer.param_groups[0]["lr"]
+        score = means.get(f"train_{self.score}")
+        shown = "" if score is None else f"{self.score_title} {score:.1f} "
+        return f"{shown}{rate:.0f} images/s lr {lr:g} {terms}"  # a narrow window cuts the end
 
-    def measure(self, batches: EvalBatches) -> dict[str, float]:
-        """Return the student's loss, top-1 and top-5."""
+    def share_buffers(self) -> None:
+        """Give every process the main one's batch norm statistics, those that are saved."""
         if self.accelerator.num_processes > 1:
-            for buffer in self.student.buffers():  # batch norm's statistics: those that are saved
+            for buffer in self.model.buffers():
                 torch.distributed.broadcast(buffer, src=0)
-        return self._evaluate(self.student.eval(), batches)
 
-    def measure_teacher(self) -> float | None:
-        """Return the teacher's top-1 on the test split, if there is a teacher."""
-        if self.teacher is None:
-            return None
-        return self._evaluate(self.teacher.classify, self.data.test)["top1"]
-
-    @torch.no_grad()
-    def _evaluate(
-        self, predict: Callable[[torch.Tensor], torch.Tensor], batches: EvalBatches
-    ) -> dict[str, float]:
-        """Evaluate in float32 at any training precision: scores belong to the weights alone."""
-        evaluator = ClassificationEvaluator(self.accelerator.device)
-        for images, target in batches:
-            evaluator.update(predict(images), target)
-        return dict(evaluator.compute(distributed=self.accelerator.num_processes > 1))
-
-    def finish(self, teacher_top1: float | None) -> dict[str, Any]:
-        """Write the student as timm reads it, and the summary that marks the run as finished."""
+    def finish(self) -> dict[str, Any]:
+        """Write the model, and the summary that marks the run as finished."""
         measured = self.measure(self.data.test)
         if self.accelerator.is_main_process:
             self.export("last")
-        summary = summarize(self.run.history, measured)
-        summary.update(
-            dataset=self.source.name,
-            train_images=self.data.train.count,
-            test_images=self.data.test.count,
-            teacher=None,
-        )
-        if self.teacher is not None:
-            summary["teacher"] = dict(
-                name=self.recipe.teacher, sha256=self.models.teacher_sha256, top1=teacher_top1
-            )
-        if self.data.val:
-            self.accelerator.wait_for_everyone()
-            summary["best_top1"] = self._measure_best()
+        summary = summarize(self.run.history, measured, self.score)
+        summary.update(train_images=self.data.train.count, test_images=self.data.test.count)
+        summary.update(self.more_summary())
         if self.accelerator.is_main_process:
             self.run.write_json("summary.json", summary)
         self.accelerator.wait_for_everyone()
         return summary
 
-    def _measure_best(self) -> float | None:
-        folder = self.run.path / "best"
-        try:
-            best = create_frozen(f"local-dir:{folder}", self.accelerator.device)
-        except ModelError as error:  # a run at its end does not fail for it
-            self.accelerator.print(f"best/ is not measured: {error}")
-            return None
-        return self._evaluate(best, self.data.test)["top1"]
-
-    def export(self, name: str) -> None:
-        """Write the student to a folder of the run."""
-        names = self.source.label_names
-        self.run.export(name, self.student, label_names=names, data_config=self.config)
+    def more_summary(self) -> dict[str, Any]:
+        """Return what else the summary holds."""
+        return {}

@@ -1,0 +1,139 @@
+"""Train a student by GLD, or on labels alone: a teacher, a baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.task import ClassificationEvaluator
+
+from batches import Data, EvalBatches, Share
+from build import build_models
+from gld_zoo import GLDLoss
+from loaders import load_data, open_source
+from models import ModelError, create_frozen, set_training_mode
+from recipe import Recipe
+from trainer import Trainer
+
+
+class Distiller(Trainer):
+    """Trains a student from its teacher's global and local logits; without one, on labels alone.
+
+    Arguments and errors are the `Trainer`'s.
+    """
+
+    score, score_title = "top1", "top-1"
+    recipe: Recipe
+
+    def build(self, share: Share) -> tuple[Data, nn.Module, nn.Module]:
+        """Return the images, the student, and the student with its local logits."""
+        recipe, accelerator = self.recipe, self.accelerator
+        self.source = open_source(recipe)
+        self.models = build_models(recipe, len(self.source.label_names), accelerator)
+        self.student, self.teacher = self.models.student, self.models.teacher
+        self.config = self.models.config
+        self.criterion = GLDLoss(
+            recipe.alpha, recipe.beta, local_weight=recipe.local_weight, global_batch=True
+        )
+        data = load_data(self.source, recipe, self.config, accelerator.device, share)
+        self.teacher_top1: float | None = None
+        return data, self.student, self.models.network
+
+    def set_training_mode(self) -> None:
+        """Set the student to training; what is frozen of it stays in eval mode."""
+        super().set_training_mode()
+        set_training_mode(self.student, self.recipe.finetune)
+
+    def forward(
+        self, images: torch.Tensor, target: torch.Tensor
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Return the loss with its terms, and the accuracy of the global logits, in %."""
+        if self.recipe.compile:
+            torch.compiler.cudagraph_mark_step_begin()
+        logits = self.network(images)
+        if self.teacher is None:
+            loss = F.cross_entropy(logits.float(), target)
+            return dict(loss=loss, loss_ce=loss), accuracy(logits, target)
+        with self.accelerator.autocast():
+            teacher_logits = self.teacher(images)
+        return self.criterion(logits, teacher_logits, target), accuracy(logits[:, 0], target)
+
+    def measure(self, batches: EvalBatches) -> dict[str, float]:
+        """Return the student's loss, top-1 and top-5."""
+        self.share_buffers()
+        return self._evaluate(self.student.eval(), batches)
+
+    @torch.no_grad()
+    def _evaluate(
+        self, predict: Callable[[torch.Tensor], torch.Tensor], batches: EvalBatches
+    ) -> dict[str, float]:
+        evaluator = ClassificationEvaluator(self.accelerator.device)
+        for images, target in batches:
+            evaluator.update(predict(images), target)
+        return dict(evaluator.compute(distributed=self.accelerator.num_processes > 1))
+
+    def introduction(self) -> list[str]:
+        """Return what to tell of the data and of the teacher, whose accuracy is measured."""
+        lines = super().introduction()
+        if self.teacher is not None:
+            self.teacher_top1 = self._evaluate(self.teacher.classify, self.data.test)["top1"]
+            lines.append(f"teacher {self.recipe.teacher}: top-1 {self.teacher_top1:.2f} %")
+        return lines
+
+    def describe_model(self) -> str:
+        """Return the student's name."""
+        return f"student {self.recipe.student}"
+
+    def describe_origin(self) -> str:
+        """Return which weights it starts from."""
+        return "pretrained" if self.recipe.finetune else "random weights"
+
+    def conclusion(self, summary: dict[str, Any], before: float, origin: str) -> list[str]:
+        """Return what the run came to, and how to load the student."""
+        lines = [] if self.teacher_top1 is None else [f"teacher {self.teacher_top1:.2f} %"]
+        return [
+            *lines,
+            f"student {before:.2f} % before ({origin}), {summary['top1']:.2f} % after",
+            f"run folder {self.run.path}, with curves.png; the student: import timm, gld_zoo; "
+            f"timm.create_model('local-dir:{self.run.path}/last', pretrained=True)",
+        ]
+
+    def more_summary(self) -> dict[str, Any]:
+        """Return the dataset, the teacher, and the top-1 of the weights selected, if any were."""
+        teacher = None
+        if self.teacher is not None:
+            teacher = dict(
+                name=self.recipe.teacher,
+                sha256=self.models.teacher_sha256,
+                top1=self.teacher_top1,
+            )
+        more: dict[str, Any] = dict(dataset=self.source.name, teacher=teacher)
+        if self.data.val:
+            self.accelerator.wait_for_everyone()
+            more["best_top1"] = self._measure_best()
+        return more
+
+    def _measure_best(self) -> float | None:
+        folder = self.run.path / "best"
+        try:
+            best = create_frozen(f"local-dir:{folder}", self.accelerator.device)
+        except ModelError as error:  # a run at its end does not fail for it
+            self.accelerator.print(f"best/ is not measured: {error}")
+            return None
+        return self._evaluate(best, self.data.test)["top1"]
+
+    def export(self, name: str) -> None:
+        """Write the student to a folder of the run, as timm loads it."""
+        names = self.source.label_names
+        self.run.export(name, self.student, label_names=names, data_config=self.config)
+
+
+@torch.no_grad()
+def accuracy(logits: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return a batch's `train_top1` and `train_top5` in % of logits `[B, K]`."""
+    hits = logits.topk(min(5, logits.shape[1])).indices == target[:, None]
+    share = 100 / len(target)
+    return dict(train_top1=hits[:, 0].sum() * share, train_top5=hits.sum() * share)

@@ -1,0 +1,241 @@
+"""Examples read and transformed as they are needed, by a DataLoader's workers."""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from batches import Share, derive_seed, epoch_generator
+from interruption import SIGNALS
+from sources import DataError
+
+Key = tuple[int, int]  # epoch and row
+Sample = tuple[Any, ...]
+
+
+class KeyedExamples(Dataset):
+    """Rows read, decoded and transformed by (epoch, row), each under a seed of its own.
+
+    Args:
+        rows: A split: `table`, and `example(row, item)`, which returns what the transform takes.
+        transform: Maps an example to a sample.
+        seed: The recipe's seed.
+    """
+
+    def __init__(self, rows: Any, transform: Callable[..., Sample], seed: int) -> None:
+        self.rows = rows
+        self.transform = transform
+        self.seed = seed
+
+    def __getitems__(self, keys: list[Key]) -> list[Sample | DataError]:
+        """Return samples; an error is returned too, as an exception loses its words on the way."""
+        columns = self.rows.table[[row for _, row in keys]]
+        items = [
+            dict(zip(columns, values, strict=True))
+            for values in zip(*columns.values(), strict=True)
+        ]
+        return [self._sample(*key, item) for key, item in zip(keys, items, strict=True)]
+
+    def _sample(self, epoch: int, row: int, item: dict[str, Any]) -> Sample | DataError:
+        try:
+            example = self.rows.example(row, item)
+        except DataError as error:
+            return error
+        return transform_under(self.transform, example, derive_seed(self.seed, epoch, row))
+
+
+class KeyedBatches:
+    """Training batches of keyed examples.
+
+    The epoch's order is a permutation drawn from (seed, epoch), as on the tensor path; the
+    transform of row i draws from a generator seeded by (seed, epoch, i). Neither depends on the
+    number of workers or processes, or on where a run was resumed.
+
+    Args:
+        examples: The training split's.
+        collate: Makes a batch of samples.
+        finish: Moves a batch to its device, as the trainer takes it.
+        count: Examples of the split.
+        batch_size: Examples a step over all processes.
+        seed: The recipe's seed.
+        share: This process's part.
+        workers: Processes that read and transform; 0 does it in this one.
+        pin: Whether the batches go to a GPU.
+
+    Raises:
+        DataError: If the split is smaller than a batch; while iterating, if an example cannot be
+            read.
+    """
+
+    def __init__(
+        self,
+        examples: KeyedExamples,
+        collate: Callable[[list[Sample]], Any],
+        finish: Callable[[Any], tuple[Any, ...]],
+        *,
+        count: int,
+        batch_size: int,
+        seed: int,
+        share: Share,
+        workers: int,
+        pin: bool,
+    ) -> None:
+        self.count = count
+        if count < batch_size:
+            raise DataError(
+                f"the training split has {count} images, fewer than batch_size={batch_size}"
+            )
+        self.finish = finish
+        self.order = _Order(count, batch_size, seed, share)
+        self.loader = build_loader(examples, collate, workers, pin=pin, batch_sampler=self.order)
+
+    def __len__(self) -> int:
+        """Return the steps of an epoch."""
+        return self.order.steps
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Any]:
+        """Yield an epoch's batches from step `start` on, both counted from 0."""
+        self.order.epoch, self.order.start = epoch, start
+        return finished(self.loader, self.finish)
+
+
+class KeyedEval:
+    """A process's share of keyed examples, in order, none dropped or padded.
+
+    Args:
+        examples: The split's.
+        collate: Makes a batch of samples.
+        finish: Moves a batch to its device, as the trainer takes it.
+        count: Examples of the split.
+        batch_size: Examples a step over all processes.
+        share: This process's part.
+        workers: Processes that read and transform; 0 does it in this one.
+        pin: Whether the batches go to a GPU.
+    """
+
+    def __init__(
+        self,
+        examples: KeyedExamples,
+        collate: Callable[[list[Sample]], Any],
+        finish: Callable[[Any], tuple[Any, ...]],
+        *,
+        count: int,
+        batch_size: int,
+        share: Share,
+        workers: int,
+        pin: bool,
+    ) -> None:
+        self.count: int | None = count
+        self.finish = finish
+        step = max(1, batch_size // share.world_size)
+        keys = [(0, int(row)) for row in share.of(torch.arange(count))]
+        batches = [keys[i : i + step] for i in range(0, len(keys), step)]
+        self.loader = build_loader(examples, collate, workers, pin=pin, batch_sampler=batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield batches."""
+        return finished(self.loader, self.finish)
+
+
+class _Order:
+    """The rows of each of an epoch's batches, of which this process takes its share."""
+
+    def __init__(self, count: int, batch_size: int, seed: int, share: Share) -> None:
+        self.count, self.batch_size, self.seed, self.share = count, batch_size, seed, share
+        self.steps = count // batch_size
+        self.epoch = self.start = 0
+
+    def __len__(self) -> int:
+        return self.steps - self.start
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        order = torch.randperm(self.count, generator=epoch_generator(self.seed, self.epoch))
+        batches = order[: self.steps * self.batch_size].split(self.batch_size)
+        for rows in map(self.share.of, batches[self.start :]):
+            yield [(self.epoch, row) for row in rows.tolist()]
+
+
+def transform_under(
+    transform: Callable[..., Sample], example: tuple[Any, ...], seed: int
+) -> Sample:
+    """Transform an example under a seed, leaving the global generator as it was."""
+    with torch.random.fork_rng([]):  # torchvision draws from the global generator
+        torch.manual_seed(seed)
+        return transform(*example)
+
+
+def build_loader(
+    examples: Dataset,
+    collate: Callable[[list[Sample]], Any],
+    workers: int,
+    *,
+    pin: bool,
+    persistent: bool = True,
+    **batching: Any,
+) -> DataLoader:
+    """Return a loader whose workers leave signals to the trainer and hand errors over as values."""
+    return DataLoader(
+        examples,
+        num_workers=workers,
+        persistent_workers=persistent and workers > 0,
+        pin_memory=pin,
+        collate_fn=_Collate(collate),
+        worker_init_fn=_ignore_signals,
+        generator=torch.Generator(),  # else each epoch draws from the global one
+        **batching,
+    )
+
+
+class _Collate:
+    """The first error among samples, or a batch of them; a class, for workers that are spawned."""
+
+    def __init__(self, collate: Callable[[list[Sample]], Any]) -> None:
+        self.collate = collate
+
+    def __call__(self, samples: list[Sample | DataError]) -> Any:
+        good: list[Sample] = []
+        for sample in samples:
+            if isinstance(sample, DataError):
+                return sample
+            good.append(sample)
+        return self.collate(good)
+
+
+def _ignore_signals(_: int) -> None:
+    """Leave the end to the process that trains: a signal to all must not cost it its images."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_workers() -> None:
+    """End workers that a live loader still has at exit.
+
+    multiprocessing would ask them by SIGTERM, which they ignore, and wait for ever. It registered
+    before this module did, so this comes first.
+    """
+    if hasattr(signal, "SIGCHLD"):  # torch's handler would report them as killed
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for process in multiprocessing.active_children():
+        if process.daemon:  # those that it ends without being asked
+            process.kill()
+
+
+def finished(
+    loader: Iterable[Any], finish: Callable[[Any], tuple[Any, ...]]
+) -> Iterator[tuple[Any, ...]]:
+    """Yield a loader's batches, finished.
+
+    Raises:
+        DataError: That a worker met.
+    """
+    for batch in loader:
+        if isinstance(batch, DataError):
+            raise batch
+        yield finish(batch)

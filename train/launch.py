@@ -1,0 +1,172 @@
+"""From a command line to a run: devices, folder, messages and the end, whatever is trained."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+
+from curves import measured_split
+from disk import DiskError
+from interruption import Interruption, Stopped
+from models import ModelError
+from options import Options, parse_command
+from run_folder import RunError, RunFolder
+from sources import DataError
+from totals import NonFiniteLossError
+from trainer import Trainer
+
+
+def launch(
+    kind: type[Trainer], options: type[Options], description: str, arguments: list[str] | None
+) -> None:
+    """Run a command line; a mistake ends the program with one line that names it.
+
+    Args:
+        kind: What trains.
+        options: Its recipe's class.
+        description: For `--help`.
+        arguments: None takes the program's own.
+    """
+    command = parse_command(options, description, arguments)
+    try:
+        run(kind, command.recipe, command.run, resume=command.resume)
+    except DiskError as error:
+        sys.exit(f"error: {error}; mend the disk and go on with --resume, or name another --run")
+    except (DataError, ModelError, NonFiniteLossError, RunError) as error:
+        sys.exit(f"error: {error}")
+
+
+def run(kind: type[Trainer], recipe: Options, folder: Path, *, resume: bool = False) -> None:
+    """Run a recipe in a folder and tell what came of it."""
+    check_trackers(recipe.trackers)
+    accelerator = Accelerator(log_with=list(recipe.trackers) or None, project_dir=folder)
+    check_accelerator(accelerator)
+    set_up_device(accelerator, recipe.threads)
+    say = accelerator.print
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()  # nobody watches
+    opened = RunFolder(folder, recipe, resume=resume)
+    if opened.finished:
+        say(f"{folder} holds a finished run; nothing to resume")
+        return
+    with Interruption(
+        accelerator,
+        max_minutes=recipe.max_minutes,
+        checkpoint_minutes=recipe.checkpoint_minutes,
+    ) as interruption:
+        train(kind, recipe, opened, accelerator, interruption, resume=resume)
+    accelerator.end_training()
+
+
+def train(
+    kind: type[Trainer],
+    recipe: Options,
+    folder: RunFolder,
+    accelerator: Accelerator,
+    interruption: Interruption,
+    *,
+    resume: bool,
+) -> None:
+    """Train, tell of it, and leave the finished run in its folder."""
+    say = accelerator.print
+    trainer = kind(recipe, folder, accelerator)
+    folder.start(accelerator)
+    if recipe.trackers:
+        accelerator.init_trackers("gld_zoo", config=flat_options(recipe))
+    for line in trainer.introduction():
+        say(line)
+    if resume:
+        trainer.restore()
+    origin = describe_origin(trainer)
+    before = trainer.measure(trainer.data.val or trainer.data.test)[trainer.score]
+    say(f"{trainer.describe_model()}, {origin}: {trainer.score_title} {before:.2f} %")
+    try:
+        trainer.fit(lambda line: say(describe(line, trainer)), interruption)
+    except Stopped as stopped:
+        say(f"{stopped}; go on with --resume")
+        return
+    for line in trainer.conclusion(trainer.finish(), before, origin):
+        say(line)
+
+
+def check_trackers(trackers: Sequence[str]) -> None:
+    """Refuse a tracker that is not installed, which Accelerate would leave out without a word."""
+    for name in trackers:
+        if importlib.util.find_spec(name) is None:
+            raise RunError(f"trackers: {name} is not installed; pip install {name}")
+
+
+def check_accelerator(accelerator: Accelerator) -> None:
+    """Refuse what Accelerate can be configured to and this loop cannot do."""
+    steps = accelerator.gradient_accumulation_steps
+    if steps != 1:
+        raise RunError(
+            f"gradient accumulation over {steps} steps is set, but the relation spans a whole "
+            "batch and does not add up over parts; set it to 1 and choose batch_size instead"
+        )
+    if accelerator.distributed_type not in (
+        DistributedType.NO,
+        DistributedType.MULTI_CPU,
+        DistributedType.MULTI_GPU,
+    ):
+        raise RunError(
+            f"distributed type {accelerator.distributed_type.value} is not supported; use plain "
+            "data parallelism (accelerate config)"
+        )
+
+
+def set_up_device(accelerator: Accelerator, threads: int | None) -> None:
+    """Use the machine's cores, and on a GPU only kernels that repeat their results."""
+    if accelerator.device.type == "cpu":
+        # launchers count physical cores or allow one thread, so their choice is not taken over
+        affinity = getattr(os, "sched_getaffinity", None)
+        cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(threads or max(1, cores // here))
+    elif accelerator.device.type == "cuda":
+        torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.deterministic = True
+
+
+def flat_options(recipe: Options) -> dict[str, Any]:
+    """Return a recipe's options as trackers take them: numbers, words and truth values."""
+    options = dataclasses.asdict(recipe)
+    plain = (int, float, str, bool)
+    return {
+        name: value if isinstance(value, plain) else str(value) for name, value in options.items()
+    }
+
+
+def describe_origin(trainer: Trainer) -> str:
+    """Tell what weights the model starts from."""
+    epoch, step = trainer.position
+    if epoch or step:
+        return f"after {epoch} epochs" + (f" and {step} steps" if step else "")
+    return trainer.describe_origin()
+
+
+def describe(line: dict[str, Any], trainer: Trainer) -> str:
+    """Return an epoch's metrics as one line for people."""
+    terms = " ".join(
+        f"{name.removeprefix('loss_')} {line[name]:.3f}" for name in line if name.startswith("loss")
+    )
+    epochs, score, split = trainer.recipe.epochs, trainer.score, measured_split(line)
+    minutes = line["seconds"] * (epochs - line["epoch"]) / 60
+    shown = f"{trainer.score_title} {split} {line[f'{split}_{score}']:.2f}"
+    if f"train_{score}" in line:
+        shown += f" train {line[f'train_{score}']:.2f}"
+    return (
+        f"epoch {line['epoch']}/{epochs}  {shown}  "
+        f"{terms}  lr {line['lr']:g}  {line['images_per_second']:.0f} images/s  "
+        f"{minutes:.1f} min left"
+    )

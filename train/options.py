@@ -1,0 +1,242 @@
+"""The options of any run: declared once, read from YAML and the command line, written back."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import re
+import sys
+from argparse import ArgumentError
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Literal, TypeVar, get_type_hints
+
+import yaml
+from jsonargparse import ArgumentParser
+
+Kind = TypeVar("Kind", bound="Options")
+
+
+def option(default: Any, text: str, *, decides: bool = True) -> Any:
+    """Declare one option: its default, one line of help with its unit, if it decides the result."""
+    metadata = {"help": text, "decides": decides}
+    if default is dataclasses.MISSING:
+        return dataclasses.field(metadata=metadata)
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """The schedule and the conduct of a run, whatever it trains."""
+
+    # under which title `--help` shows the options from this one on
+    GROUPS: ClassVar[dict[str, str]] = dict(epochs="schedule", seed="run")
+    # smallest and largest value
+    RANGES: ClassVar[dict[str, tuple[float, float]]] = dict(
+        epochs=(1, math.inf),
+        batch_size=(1, math.inf),
+        lr=(0, math.inf),
+        lr_decay=(0, 1),
+        lr_power=(0, math.inf),
+        warmup_epochs=(0, math.inf),
+        momentum=(0, 1),
+        weight_decay=(0, math.inf),
+        seed=(0, math.inf),
+        eval_batch_size=(1, math.inf),
+        keep_checkpoints=(1, math.inf),
+        threads=(1, math.inf),
+        checkpoint_minutes=(0, math.inf),
+        max_minutes=(0, math.inf),
+    )
+
+    epochs: int = option(200, "passes over the training split")
+    batch_size: int = option(64, "images a step, over all processes together")
+    lr: float = option(0.1, "initial learning rate")
+    lr_drops: list[float] = option(
+        [0.5, 0.75], "when the learning rate drops, as fractions of the epochs"
+    )
+    lr_decay: float = option(0.1, "factor of each drop")
+    lr_power: float | None = option(
+        None,
+        "instead of the drops, every step: lr times (1 - share of the epochs done) to this power",
+    )
+    warmup_epochs: float = option(0.0, "epochs in which the learning rate rises from 0, linearly")
+    momentum: float = option(0.9, "momentum of SGD")
+    weight_decay: float = option(5e-4, "L2 penalty on every parameter")
+
+    seed: int = option(
+        0, "seed of the initial weights, the order of the images and their augmentation"
+    )
+    sync_batch_norm: bool = option(
+        False, "batch norm over the batches of all processes together, instead of each its own"
+    )
+    threads: int | None = option(
+        None,
+        "CPU threads of each process; null shares this machine's cores among its processes",
+        decides=False,
+    )
+    eval_batch_size: int = option(
+        500, "images a step of evaluation, over all processes together", decides=False
+    )
+
+    checkpoint_minutes: float = option(
+        30.0,
+        "minutes between checkpoints within an epoch, beside the one at its end",
+        decides=False,
+    )
+    keep_checkpoints: int = option(2, "newest checkpoints to keep", decides=False)
+    max_minutes: float | None = option(
+        None, "minutes after which to write a checkpoint and end; null for no limit", decides=False
+    )
+    trackers: list[Literal["tensorboard", "trackio", "wandb"]] = option(
+        [], "where to log each epoch besides metrics.jsonl, such as '[tensorboard]'", decides=False
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse values outside their range, naming them."""
+        for name, (low, high) in self.RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise ValueError(
+                    f"{name}={value} is out of range; it must lie between {low} and {high}"
+                )
+        if any(not 0 < drop < 1 for drop in self.lr_drops):
+            raise ValueError(
+                f"lr_drops={self.lr_drops} must be fractions of the epochs, between 0 and 1"
+            )
+
+    @property
+    def subject(self) -> str:
+        """The name of the model that is trained."""
+        raise NotImplementedError
+
+    def lr_at(self, epoch: float) -> float:
+        """Return the learning rate after a number of epochs, which need not be whole."""
+        if self.lr_power is not None:
+            lr = self.lr * (1 - epoch / self.epochs) ** self.lr_power
+        else:
+            drops = sum(epoch >= round(drop * self.epochs) for drop in self.lr_drops)
+            lr = self.lr * self.lr_decay**drops
+        return lr * min(1.0, epoch / self.warmup_epochs) if self.warmup_epochs else lr
+
+    @classmethod
+    def fields(cls) -> list[dataclasses.Field[Any]]:
+        """Return the options in the order in which people read them: a task's own come first."""
+        shared = {field.name for field in dataclasses.fields(Options)}
+        own = [field for field in dataclasses.fields(cls) if field.name not in shared]
+        return own + [field for field in dataclasses.fields(cls) if field.name in shared]
+
+    def deciding(self) -> list[str]:
+        """Return the names of the options that decide the result."""
+        return [field.name for field in self.fields() if field.metadata["decides"]]
+
+    def differences(self, other: Options) -> list[str]:
+        """Describe in which options that decide the result another recipe differs, one each."""
+        pairs = ((name, getattr(self, name), getattr(other, name)) for name in self.deciding())
+        return [
+            f"{name}: {mine} here, {theirs} there" for name, mine, theirs in pairs if mine != theirs
+        ]
+
+    def to_yaml(self) -> str:
+        """Return the recipe as YAML that `--config` takes."""
+        values = dataclasses.asdict(self)
+        return yaml.safe_dump(
+            {field.name: values[field.name] for field in self.fields()}, sort_keys=False
+        )
+
+    @classmethod
+    def load(cls: type[Kind], path: Path) -> Kind:
+        """Read a recipe that a run or a person wrote.
+
+        Raises:
+            ValueError: If an option is unknown, missing or of the wrong type.
+        """
+        parser = ArgumentParser(exit_on_error=False)
+        cls.add_to(parser)
+        try:
+            return cls(**parser.parse_path(str(path)).as_dict())
+        except ArgumentError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    @classmethod
+    def add_to(cls, parser: ArgumentParser) -> None:
+        """Give a parser one option a field, in groups."""
+        hints = get_type_hints(cls)
+        for field in cls.fields():
+            if field.name in cls.GROUPS:
+                group = parser.add_argument_group(cls.GROUPS[field.name])
+            options: dict[str, Any] = dict(type=hints[field.name], help=field.metadata["help"])
+            if field.default is not dataclasses.MISSING:
+                options["default"] = field.default
+            elif field.default_factory is not dataclasses.MISSING:
+                options["default"] = field.default_factory()
+            else:
+                options["required"] = True
+            group.add_argument(f"--{field.name}", **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class Command(Generic[Kind]):
+    """A recipe and where it runs."""
+
+    recipe: Kind
+    run: Path
+    resume: bool
+
+
+def parse_command(
+    kind: type[Kind], description: str, argv: list[str] | None = None
+) -> Command[Kind]:
+    """Read `--config FILE`, then `--field value` over it; a mistake ends the program."""
+    parser = ArgumentParser(description=description)
+    parser.add_argument(
+        "--config", action="config", help="YAML file of options; the command line goes before it"
+    )
+    parser.add_argument(
+        "--run", type=str | None, help="run folder; null makes runs/<recipe>-<seed>"
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the run folder's newest checkpoint, if any; its recipe need not be given",
+    )
+    kind.add_to(parser)
+    argv = sys.argv[1:] if argv is None else argv
+    namespace = parser.parse_args(_with_saved_recipe(kind, argv))
+    configs = namespace.pop("config") or []
+    values = namespace.as_dict()
+    run, resume = values.pop("run"), values.pop("resume")
+    try:
+        recipe = kind(**values)
+    except ValueError as error:
+        parser.error(str(error))
+    return Command(recipe, Path(run or default_run(recipe, configs)), resume)
+
+
+def _with_saved_recipe(kind: type[Options], argv: list[str]) -> list[str]:
+    """Return the arguments with the run folder's own recipe where a run goes on without another."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    required = [
+        field.name
+        for field in kind.fields()
+        if field.default is field.default_factory is dataclasses.MISSING
+    ]
+    for name in ("config", "run", *required):
+        parser.add_argument(f"--{name}")
+    parser.add_argument("--resume", action="store_true")
+    given, _ = parser.parse_known_args(argv)
+    if not (given.resume and given.run) or any(getattr(given, n) for n in ("config", *required)):
+        return argv
+    saved = Path(given.run) / "recipe.yaml"
+    return ["--config", str(saved), *argv] if saved.is_file() else argv
+
+
+def default_run(recipe: Options, configs: list[Any]) -> str:
+    """Name a run after its recipe's file, that file's folder for a saved recipe, or its model."""
+    name = Path(str(configs[-1])).stem if configs else recipe.subject
+    if configs and name == "recipe":
+        name = Path(str(configs[-1])).resolve().parent.name
+    name = re.sub(r"[^\w.-]+", "-", name).strip("-")
+    return f"runs/{name}-{recipe.seed}"
