@@ -13,6 +13,7 @@ from timm.task import ClassificationEvaluator
 from batches import Data, EvalBatches, Share
 from build import build_models
 from gld_zoo import GLDLoss
+from gld_zoo.hub import save_pretrained
 from loaders import load_data, open_source
 from models import ModelError, create_frozen, set_training_mode
 from recipe import Recipe
@@ -127,8 +128,8 @@ class Distiller(Trainer):
 
     def export(self, name: str) -> None:
         """Write the student to a folder of the run, as timm loads it."""
-        names = self.source.label_names
-        self.run.export(name, self.student, label_names=names, data_config=self.config)
+        options: dict[str, Any] = dict(label_names=self.source.label_names, data_config=self.config)
+        self.run.export(name, lambda folder: save_pretrained(self.student, folder, **options))
 
 
 @torch.no_grad()

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from torch import nn
 
 from curves import draw_curves, measured_split
 from disk import HeldError, flush, lock, replace_folder, replacing, write_text, writing
 from environment import changed_environment, describe_environment
-from gld_zoo.hub import save_pretrained
 from options import Options
 
 LOCK = ".lock"
@@ -133,12 +132,12 @@ class RunFolder:
         """Write a file whole or not at all."""
         write_text(self.path / name, json.dumps(content, indent=2) + "\n")
 
-    def export(self, name: str, model: nn.Module, **config: Any) -> None:
-        """Write a model as timm loads it, whole or not at all, over an earlier one."""
+    def export(self, name: str, write: Callable[[Path], object]) -> None:
+        """Have a model written to a folder, whole or not at all, over an earlier one."""
         temporary, folder = self.path / f".{name}.partial", self.path / name
         with writing(folder):
             shutil.rmtree(temporary, ignore_errors=True)
-            save_pretrained(model, temporary, **config)
+            write(temporary)
             for written in [*temporary.iterdir(), temporary]:
                 flush(written)
             replace_folder(temporary, folder)

@@ -1,0 +1,211 @@
+"""Images with boxes: found, checked, augmented as SSD does, batched as torchvision takes them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from datasets import Image
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from keyed_loader import Sample
+from sources import DataError, ImageRows, encoded, open_dataset, pick_column, pick_splits
+
+Format = Literal["xyxy", "xywh"]
+
+
+class DetectionSource:
+    """A dataset in hub layout with a column of boxes: found, no image decoded yet.
+
+    The column holds for each image `bbox`, lists of four numbers in pixels, and `category`, class
+    indices from 0; `difficult` (0 or 1) may be there.
+
+    Args:
+        name: Hub id or folder in hub layout.
+        train_split, test_split: Names of the splits; None takes 'test', else 'validation'.
+        image_column: None takes the first of images.
+        objects_column: The boxes'.
+        bbox_format: 'xyxy' for corners, 'xywh' for a corner with width and height, as COCO has it.
+
+    Raises:
+        DataError: If the dataset, a split or a column is not there or not usable.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        train_split: str = "train",
+        test_split: str | None = None,
+        image_column: str | None = None,
+        objects_column: str = "objects",
+        bbox_format: Format = "xyxy",
+    ) -> None:
+        splits = open_dataset(name)
+        train, test = pick_splits(name, splits, train_split, test_split)
+        features = splits[train].features
+        image = pick_column(name, features, image_column, Image, "image_column")
+        self.name = name
+        self.label_names = _label_names(name, features, objects_column, splits[train])
+        self.train, self.test = (
+            DetectionRows(
+                table=encoded(splits[split], image, objects_column),
+                image_column=image,
+                where=f"split {split!r} of {name}",
+                objects_column=objects_column,
+                classes=len(self.label_names),
+                bbox_format=bbox_format,
+            )
+            for split in (train, test)
+        )
+
+
+def _label_names(name: str, features: Any, column: str, table: Any) -> list[str]:
+    if column not in features:
+        raise DataError(
+            f"objects_column={column!r} is not a column of {name}; it has {', '.join(features)}"
+        )
+    objects = getattr(features[column], "feature", features[column])  # a list of dicts, or a dict
+    missing = [key for key in ("bbox", "category") if key not in objects]
+    if missing:
+        raise DataError(
+            f"column {column!r} of {name} has no {' and no '.join(missing)}; it has "
+            f"{', '.join(objects)}"
+        )
+    category = objects["category"]
+    names = getattr(getattr(category, "feature", category), "names", None)
+    if names is not None:
+        return list(names)
+    largest = max((max(row["category"], default=-1) for row in table[column]), default=-1)
+    return [str(i) for i in range(largest + 1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectionRows(ImageRows):
+    """A split of images with boxes."""
+
+    objects_column: str
+    classes: int
+    bbox_format: Format = "xyxy"
+
+    def check(self) -> int:
+        """Look at all boxes, without their images; return how many there are.
+
+        Raises:
+            DataError: If a category is out of range, or a box is not four finite numbers; it names
+                the first such row.
+        """
+        return sum(
+            len(self.boxes(row, objects)[1])
+            for row, objects in enumerate(self.table[self.objects_column])
+        )
+
+    def boxes(self, row: int, objects: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a row's corners x1, y1, x2, y2 `[N, 4]` and its classes `[N]` from 0.
+
+        Raises:
+            DataError: As `check`.
+        """
+        categories, listed = objects["category"], objects["bbox"]
+        for category in categories:
+            if category is None or not 0 <= category < self.classes:
+                raise DataError(
+                    f"{self.place(row)} has a box of category {category}, outside 0 to "
+                    f"{self.classes - 1}; correct it or remove the box"
+                )
+        if any(len(box) != 4 for box in listed) or len(listed) != len(categories):
+            raise DataError(
+                f"{self.place(row)} has {len(listed)} boxes of {sorted({len(b) for b in listed})} "
+                f"numbers for {len(categories)} categories; each needs four"
+            )
+        boxes = torch.tensor(listed, dtype=torch.float32).reshape(-1, 4)
+        if not boxes.isfinite().all():
+            raise DataError(f"{self.place(row)} has a box that is not finite: {boxes.tolist()}")
+        if self.bbox_format == "xywh":
+            boxes = torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1)
+        return boxes, torch.tensor(categories, dtype=torch.int64)
+
+    def example(self, row: int, item: dict[str, Any]) -> tuple[tv_tensors.Image, dict[str, Any]]:
+        """Return an image uint8 `[3, H, W]` and its target, as torchvision's detectors take it.
+
+        `labels` are from 1, `iscrowd` is 1 for difficult objects.
+
+        Raises:
+            DataError: If the image cannot be read, or as `check`.
+        """
+        image = v2.functional.pil_to_tensor(self.read(item[self.image_column], self.place(row)))
+        objects = item[self.objects_column]
+        boxes, categories = self.boxes(row, objects)
+        difficult = objects.get("difficult") or [0] * len(categories)
+        target = dict(
+            boxes=tv_tensors.BoundingBoxes(
+                boxes, format="XYXY", canvas_size=tuple(image.shape[-2:])
+            ),
+            labels=categories + 1,
+            iscrowd=torch.tensor([int(flag) for flag in difficult], dtype=torch.int64),
+        )
+        return tv_tensors.Image(image), target
+
+
+def training_transform(size: int, mean: list[float]) -> v2.Compose:
+    """Return SSD's augmentation: colours, zoom out, a crop that keeps some object, flip, resize.
+
+    Boxes are cut to their image; one of which less than a pixel is left is dropped.
+
+    Args:
+        size: Side in pixels that the image is resized to, whatever its proportions.
+        mean: Of the images, from 0 to 1, round one that is zoomed out.
+    """
+    fill = {tv_tensors.Image: [255 * value for value in mean], "others": 0}
+    return v2.Compose(
+        [
+            v2.RandomPhotometricDistort(),
+            v2.RandomZoomOut(fill=fill),
+            v2.RandomIoUCrop(),
+            v2.RandomHorizontalFlip(),
+            v2.Resize((size, size), antialias=True),
+            *_tidy(),
+        ]
+    )
+
+
+def measuring_transform() -> v2.Compose:
+    """Return the transform of images to measure on, which keep their size; the model resizes."""
+    return v2.Compose(_tidy())
+
+
+def _tidy() -> list[v2.Transform]:
+    boxes = v2.SanitizeBoundingBoxes(min_size=1, labels_getter=_of_each_box)
+    return [v2.ClampBoundingBoxes(), boxes]
+
+
+def _of_each_box(inputs: tuple[Any, dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
+    return inputs[1]["labels"], inputs[1]["iscrowd"]
+
+
+def collate(samples: list[Sample]) -> tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]]:
+    """Return images and targets as lists: sizes differ."""
+    images, targets = zip(*samples, strict=True)
+    return list(images), list(targets)
+
+
+class Finish:
+    """Move a batch to its device: images from 0 to 1, plain tensors."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def __call__(
+        self, batch: tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]]
+    ) -> tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]]:
+        """Return the images and targets."""
+        images, targets = batch
+        return (
+            [self._move(image) / 255 for image in images],
+            [{key: self._move(value) for key, value in target.items()} for target in targets],
+        )
+
+    def _move(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.as_subclass(torch.Tensor).to(self.device, non_blocking=True)

@@ -1,0 +1,274 @@
+"""Train SSD300 on images with boxes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn as nn
+from torchmetrics.detection import MeanAveragePrecision
+from torchvision.models.detection.ssd import SSD
+from torchvision.ops import box_iou
+
+from batches import Data, EvalBatches, Share, derive_seed
+from detection_data import (
+    DetectionSource,
+    Finish,
+    Format,
+    collate,
+    measuring_transform,
+    training_transform,
+)
+from gld_zoo.detection import SIZE, create_ssd300
+from gld_zoo.downstream import save_downstream
+from keyed_loader import KeyedBatches, KeyedEval, KeyedExamples
+from models import ModelError
+from options import Options, option
+from sync_batch_norm import synchronise_batch_norm
+from trainer import Trainer
+
+Images = list[torch.Tensor]
+Targets = list[dict[str, torch.Tensor]]
+VOC07_RECALLS = [step / 10 for step in range(11)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectionRecipe(Options):
+    """Which detector learns what; the defaults are the paper's setting."""
+
+    GROUPS: ClassVar[dict[str, str]] = dict(
+        backbone="model", dataset="dataset", augment="images", **Options.GROUPS
+    )
+    RANGES: ClassVar[dict[str, tuple[float, float]]] = dict(workers=(0, math.inf), **Options.RANGES)
+
+    backbone: str = option("gld_resnet18", "timm name, hf-hub:ORG/NAME or local-dir:PATH")
+    pretrained: bool = option(True, "start from the backbone's weights instead of random ones")
+
+    dataset: str = option("../shared/data/coco128", "hub id or folder in hub layout")
+    train_split: str = option("train", "split to train on")
+    test_split: str | None = option(
+        None, "split to measure on; null takes 'test', else 'validation'"
+    )
+    image_column: str | None = option(None, "column of images; null takes the first of that type")
+    objects_column: str = option("objects", "column of boxes and categories")
+    bbox_format: Format = option(
+        "xyxy", "corners, or xywh for the upper left corner, width and height, as COCO has it"
+    )
+
+    augment: bool = option(True, "SSD's random colours, zoom, crop and flip; false resizes alone")
+    workers: int = option(2, "processes that read images, for each split", decides=False)
+
+    epochs: int = option(250, "passes over the training split")
+    batch_size: int = option(32, "images a step, over all processes together")
+    lr: float = option(0.001, "initial learning rate")
+    lr_drops: list[float] = option(
+        [0.6, 0.8], "when the learning rate drops, as fractions of the epochs"
+    )
+    warmup_epochs: float = option(2.0, "epochs in which the learning rate rises from 0, linearly")
+    eval_batch_size: int = option(
+        32, "images a step of evaluation, over all processes together", decides=False
+    )
+
+    @property
+    def subject(self) -> str:
+        """The name of the model that is trained."""
+        return f"ssd300-{self.backbone}"
+
+
+class Detector(Trainer):
+    """Trains SSD300; scores are COCO's AP and AP50 and an AP in the manner of VOC 2007, in %.
+
+    The last is the mean precision at 11 recalls and an IoU of 0.5, difficult objects ignored, by
+    COCO's matching: a detection takes the free object of the largest IoU, where the original takes
+    the largest IoU of all and counts a second detection of it as false.
+
+    Arguments and errors are the `Trainer`'s.
+    """
+
+    score, score_title = "ap50", "AP50"
+    recipe: DetectionRecipe
+    model: SSD
+
+    def build(self, share: Share) -> tuple[Data, nn.Module, nn.Module]:
+        """Return the images, the detector, and its loss as a module."""
+        recipe, device = self.recipe, self.accelerator.device
+        self.source = DetectionSource(
+            recipe.dataset,
+            train_split=recipe.train_split,
+            test_split=recipe.test_split,
+            image_column=recipe.image_column,
+            objects_column=recipe.objects_column,
+            bbox_format=recipe.bbox_format,
+        )
+        self.boxes = [rows.check() for rows in (self.source.train, self.source.test)]
+        torch.manual_seed(derive_seed(recipe.seed))
+        try:
+            model: Any = create_ssd300(
+                recipe.backbone, len(self.source.label_names) + 1, recipe.pretrained
+            )
+        except ValueError as error:
+            raise ModelError(str(error)) from error
+        model.to(device, memory_format=torch.channels_last)
+        if recipe.sync_batch_norm and self.accelerator.num_processes > 1:
+            model = synchronise_batch_norm(model, device)
+        options: dict[str, Any] = dict(
+            share=share, workers=recipe.workers, pin=device.type == "cuda"
+        )
+        transform: Any = training_transform(SIZE, model.transform.image_mean)
+        if not recipe.augment:
+            transform = measuring_transform()
+        train = KeyedBatches(
+            KeyedExamples(self.source.train, transform, recipe.seed),
+            collate,
+            Finish(device),
+            count=len(self.source.train),
+            batch_size=recipe.batch_size,
+            seed=recipe.seed,
+            **options,
+        )
+        share.batch_size(recipe.batch_size)
+        test = KeyedEval(
+            KeyedExamples(self.source.test, measuring_transform(), 0),
+            collate,
+            Finish(device),
+            count=len(self.source.test),
+            batch_size=recipe.eval_batch_size,
+            **options,
+        )
+        return Data(train, test), model, SSDLoss(model)
+
+    def forward(
+        self, images: Images, targets: Targets
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Return the sum of SSD's two losses, and both."""
+        losses = self.network(images, targets)
+        box, category = losses["bbox_regression"], losses["classification"]
+        return dict(loss=box + category, loss_box=box, loss_class=category), {}
+
+    @torch.no_grad()
+    def measure(self, batches: EvalBatches) -> dict[str, float]:
+        """Return the mean loss of an image, and each AP."""
+        self.share_buffers()
+        self.model.eval()
+        device = self.accelerator.device
+        coco = _average_precision(device)
+        voc = _average_precision(device, iou_thresholds=[0.5], rec_thresholds=VOC07_RECALLS)
+        sums = torch.zeros(2, dtype=torch.float64, device=device)
+        images: Any
+        targets: Any
+        for images, targets in batches:
+            losses, found = losses_and_detections(self.model, images, targets)
+            sums += torch.stack([losses.double().sum(), torch.tensor(len(images)).to(sums)])
+            for metric in (coco, voc):
+                metric.update(found, targets)
+        if self.accelerator.num_processes > 1:
+            torch.distributed.all_reduce(sums)
+        scores, voc_scores = coco.compute(), voc.compute()
+        # torchmetrics gives -1 where no object is to be found
+        return dict(
+            loss=(sums[0] / sums[1]).item(),
+            ap=100 * max(scores["map"].item(), 0.0),
+            ap50=100 * max(scores["map_50"].item(), 0.0),
+            voc07=100 * max(voc_scores["map"].item(), 0.0),
+        )
+
+    def introduction(self) -> list[str]:
+        """Return what to tell of the images and their boxes."""
+        (line,) = super().introduction()
+        classes = len(self.source.label_names)
+        train, test = self.boxes
+        return [f"{line}, {train:,} and {test:,} boxes of {classes} classes"]
+
+    def describe_model(self) -> str:
+        """Return the detector's name."""
+        return f"SSD300 on {self.recipe.backbone}"
+
+    def describe_origin(self) -> str:
+        """Return which weights it starts from."""
+        return "pretrained backbone" if self.recipe.pretrained else "random weights"
+
+    def conclusion(self, summary: dict[str, Any], before: float, origin: str) -> list[str]:
+        """Return what the run came to, and how to use the detector."""
+        return [
+            f"AP50 {before:.2f} % before ({origin}), {summary['ap50']:.2f} % after; AP "
+            f"{summary['ap']:.2f} %, VOC07-style {summary['voc07']:.2f} %",
+            f"run folder {self.run.path}, with curves.png; see it at work: python train/predict.py "
+            f"{self.run.path}/last IMAGE... --out FOLDER",
+        ]
+
+    def more_summary(self) -> dict[str, Any]:
+        """Return the dataset and its boxes."""
+        return dict(dataset=self.source.name, train_boxes=self.boxes[0], test_boxes=self.boxes[1])
+
+    def export(self, name: str) -> None:
+        """Write the detector to a folder of the run, as `load_downstream` loads it."""
+        names = self.source.label_names
+        self.run.export(name, lambda folder: save_downstream(self.model, folder, label_names=names))
+
+
+def _average_precision(device: torch.device, **options: Any) -> MeanAveragePrecision:
+    metric = MeanAveragePrecision(backend="faster_coco_eval", **options)
+    metric.warn_on_many_detections = False  # only the best hundred count, as COCO has it
+    return metric.to(device)
+
+
+class SSDLoss(nn.Module):
+    """SSD's two losses of a batch; boxes and losses in float32 under autocast.
+
+    Args:
+        model: From `create_ssd300`.
+    """
+
+    def __init__(self, model: SSD) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Images, targets: Targets) -> dict[str, torch.Tensor]:
+        """Return `bbox_regression` and `classification`."""
+        batch = _Batch(self.model, images, targets)
+        return batch.losses()
+
+
+@torch.no_grad()
+def losses_and_detections(
+    model: SSD, images: Images, targets: Targets
+) -> tuple[torch.Tensor, Targets]:
+    """Return each image's loss `[B]` and detections, of one forward pass of a model in eval mode.
+
+    The losses are image by image, so that they do not depend on which images share a batch.
+    """
+    sizes = [(image.shape[-2], image.shape[-1]) for image in images]
+    batch = _Batch(model, images, targets)
+    each = [batch.losses(slice(i, i + 1)) for i in range(len(images))]
+    losses = torch.stack([one["bbox_regression"] + one["classification"] for one in each])
+    found = model.postprocess_detections(batch.dense, batch.boxes, batch.sizes)
+    return losses, model.transform.postprocess(found, batch.sizes, sizes)
+
+
+class _Batch:
+    """What `SSD.forward` computes on its way, where training and measuring need different ends."""
+
+    def __init__(self, model: SSD, images: Images, targets: Targets) -> None:
+        self.model = model
+        listed, self.targets = model.transform(images, targets)
+        maps = list(model.backbone(listed.tensors).values())
+        self.dense = {key: value.float() for key, value in model.head(maps).items()}
+        self.boxes = model.anchor_generator(listed, maps)
+        self.sizes = listed.image_sizes
+
+    def losses(self, part: slice = slice(None)) -> dict[str, torch.Tensor]:
+        """Return the losses of some images."""
+        targets, boxes = self.targets[part], self.boxes[part]
+        matched = [
+            self._match(target["boxes"], own) for target, own in zip(targets, boxes, strict=True)
+        ]
+        dense = {key: value[part] for key, value in self.dense.items()}
+        with torch.autocast(boxes[0].device.type, enabled=False):
+            return self.model.compute_loss(targets, dense, boxes, matched)
+
+    def _match(self, objects: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+        if not len(objects):
+            return torch.full((len(boxes),), -1, dtype=torch.int64, device=boxes.device)
+        return self.model.proposal_matcher(box_iou(objects, boxes))

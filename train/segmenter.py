@@ -1,0 +1,255 @@
+"""Train DeepLabV3+ on images with masks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.data import resolve_model_data_config
+from torchmetrics.classification import MulticlassConfusionMatrix
+
+from batches import Data, EvalBatches, Normalize, Share, derive_seed
+from gld_zoo.downstream import save_downstream
+from gld_zoo.segmentation import create_deeplabv3plus
+from keyed_loader import KeyedBatches, KeyedEval, KeyedExamples
+from models import ModelError
+from options import Options, option
+from segmentation_data import (
+    IGNORE,
+    Finish,
+    MeasuringTransform,
+    SegmentationSource,
+    listed,
+    stack,
+    training_transform,
+)
+from sources import DataError
+from sync_batch_norm import synchronise_batch_norm
+from trainer import Trainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentationRecipe(Options):
+    """Which segmenter learns what; the defaults are the paper's setting for VOC 2012 with SBD."""
+
+    GROUPS: ClassVar[dict[str, str]] = dict(
+        backbone="model", dataset="dataset", image_size="images", **Options.GROUPS
+    )
+    RANGES: ClassVar[dict[str, tuple[float, float]]] = dict(
+        num_classes=(1, 255), image_size=(1, math.inf), workers=(0, math.inf), **Options.RANGES
+    )
+
+    backbone: str = option("gld_resnet18", "timm name, hf-hub:ORG/NAME or local-dir:PATH")
+    pretrained: bool = option(True, "start from the backbone's weights instead of random ones")
+    output_stride: int = option(16, "of the backbone's deepest map, 16 or 8")
+
+    dataset: str = option("../shared/data/camvid", "hub id or folder in hub layout")
+    train_split: str = option("train", "split to train on")
+    test_split: str | None = option(
+        None, "split to measure on; null takes 'test', else 'validation'"
+    )
+    image_column: str | None = option(None, "column of images; null takes the first of that type")
+    mask_column: str = option("mask", "column of masks, whose values are classes; 255 is ignored")
+    num_classes: int = option(21, "classes from 0, with the background where the data has one")
+    label_names: list[str] = option([], "names of the classes in order; none numbers them")
+
+    image_size: int = option(
+        513, "side in pixels of the random training crops, and longer side of an image measured"
+    )
+    workers: int = option(2, "processes that read images, for each split", decides=False)
+
+    epochs: int = option(50, "passes over the training split")
+    batch_size: int = option(16, "images a step, over all processes together")
+    lr: float = option(0.007, "initial learning rate")
+    lr_power: float | None = option(
+        0.9,
+        "every step: lr times (1 - share of the epochs done) to this power; null takes the drops",
+    )
+    eval_batch_size: int = option(
+        8, "images a step of evaluation, over all processes together", decides=False
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse values outside their range, naming them."""
+        super().__post_init__()
+        if self.label_names and len(self.label_names) != self.num_classes:
+            raise ValueError(
+                f"label_names has {len(self.label_names)} names for num_classes={self.num_classes}"
+            )
+
+    @property
+    def subject(self) -> str:
+        """The name of the model that is trained."""
+        return f"deeplabv3plus-{self.backbone}"
+
+
+class Segmenter(Trainer):
+    """Trains DeepLabV3+; scores are the mean IoU over classes and the pixel accuracy, in %.
+
+    Images are measured whole, and their logits resized to their own mask.
+
+    Arguments and errors are the `Trainer`'s.
+    """
+
+    score, score_title = "miou", "mIoU"
+    recipe: SegmentationRecipe
+
+    def build(self, share: Share) -> tuple[Data, nn.Module, nn.Module]:
+        """Return the images, the segmenter, and its logits as a module."""
+        recipe, device = self.recipe, self.accelerator.device
+        if share.batch_size(recipe.batch_size) < 2:
+            raise DataError(
+                f"batch_size={recipe.batch_size} leaves a process one image, and batch norm of the "
+                "image-level features needs two; use a larger one"
+            )
+        self.source = SegmentationSource(
+            recipe.dataset,
+            recipe.num_classes,
+            train_split=recipe.train_split,
+            test_split=recipe.test_split,
+            image_column=recipe.image_column,
+            mask_column=recipe.mask_column,
+        )
+        torch.manual_seed(derive_seed(recipe.seed))
+        try:
+            model: Any = create_deeplabv3plus(
+                recipe.backbone,
+                recipe.num_classes,
+                recipe.output_stride,
+                pretrained_backbone=recipe.pretrained,
+            )
+        except ValueError as error:
+            raise ModelError(str(error)) from error
+        model.to(device, memory_format=torch.channels_last)
+        if recipe.sync_batch_norm and self.accelerator.num_processes > 1:
+            model = synchronise_batch_norm(model, device)
+        config = resolve_model_data_config(model.backbone)
+        finish = Finish(Normalize(config["mean"], config["std"], device))
+        options: dict[str, Any] = dict(
+            share=share, workers=recipe.workers, pin=device.type == "cuda"
+        )
+        train = KeyedBatches(
+            KeyedExamples(
+                self.source.train,
+                training_transform(recipe.image_size, config["mean"]),
+                recipe.seed,
+            ),
+            stack,
+            finish,
+            count=len(self.source.train),
+            batch_size=recipe.batch_size,
+            seed=recipe.seed,
+            **options,
+        )
+        test = KeyedEval(
+            KeyedExamples(self.source.test, MeasuringTransform(recipe.image_size), 0),
+            listed,
+            finish,
+            count=len(self.source.test),
+            batch_size=recipe.eval_batch_size,
+            **options,
+        )
+        return Data(train, test), model, Logits(model)
+
+    def forward(
+        self, images: torch.Tensor, masks: torch.Tensor
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Return the cross-entropy of the pixels that count."""
+        loss = pixel_loss(self.network(images), masks)
+        return dict(loss=loss, loss_ce=loss), {}
+
+    @torch.no_grad()
+    def measure(self, batches: EvalBatches) -> dict[str, float]:
+        """Return the mean loss of an image, the mean IoU, and the pixel accuracy."""
+        self.share_buffers()
+        self.model.eval()
+        device = self.accelerator.device
+        counts = MulticlassConfusionMatrix(self.recipe.num_classes, ignore_index=IGNORE).to(device)
+        sums = torch.zeros(2, dtype=torch.float64, device=device)
+        images: Any
+        masks: Any
+        for images, masks in batches:
+            for image, mask in zip(images, masks, strict=True):
+                logits = F.interpolate(
+                    self.model(image), size=mask.shape, mode="bilinear", align_corners=False
+                )
+                loss = pixel_loss(logits, mask[None])
+                sums += torch.stack([loss.double(), torch.ones_like(loss, dtype=torch.float64)])
+                counts.update(logits.argmax(1), mask[None])
+        if self.accelerator.num_processes > 1:
+            torch.distributed.all_reduce(sums)
+        matrix = counts.compute().double()
+        return dict(
+            loss=(sums[0] / sums[1]).item(),
+            miou=100 * mean_iou(matrix),
+            accuracy=100 * (matrix.trace() / matrix.sum().clamp_min(1)).item(),
+        )
+
+    def describe_model(self) -> str:
+        """Return the segmenter's name."""
+        return f"DeepLabV3+ on {self.recipe.backbone}"
+
+    def describe_origin(self) -> str:
+        """Return which weights it starts from."""
+        return "pretrained backbone" if self.recipe.pretrained else "random weights"
+
+    def conclusion(self, summary: dict[str, Any], before: float, origin: str) -> list[str]:
+        """Return what the run came to, and how to use the segmenter."""
+        return [
+            f"mIoU {before:.2f} % before ({origin}), {summary['miou']:.2f} % after; pixel accuracy "
+            f"{summary['accuracy']:.2f} %",
+            f"run folder {self.run.path}, with curves.png; see it at work: python train/predict.py "
+            f"{self.run.path}/last IMAGE... --out FOLDER",
+        ]
+
+    def more_summary(self) -> dict[str, Any]:
+        """Return the dataset."""
+        return dict(dataset=self.source.name)
+
+    def export(self, name: str) -> None:
+        """Write the segmenter to a folder of the run, as `load_downstream` loads it."""
+        recipe = self.recipe
+        names = recipe.label_names or [str(i) for i in range(recipe.num_classes)]
+        self.run.export(name, lambda folder: save_downstream(self.model, folder, label_names=names))
+
+
+class Logits(nn.Module):
+    """A segmenter's logits; what Accelerate wraps, so that the segmenter stays as it is.
+
+    Args:
+        model: From `create_deeplabv3plus`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Map images `[B, 3, H, W]` to logits `[B, K, H, W]`."""
+        return self.model(images)
+
+
+def pixel_loss(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """Return the mean cross-entropy of the pixels that are not ignored; 0 if all are.
+
+    Args:
+        logits: `[B, K, H, W]`.
+        masks: Class indices int64 `[B, H, W]`; 255 is ignored.
+    """
+    total = F.cross_entropy(logits.float(), masks, ignore_index=IGNORE, reduction="sum")
+    return total / (masks != IGNORE).sum().clamp_min(1)
+
+
+def mean_iou(matrix: torch.Tensor) -> float:
+    """Return the mean over classes of intersection over union; classes that never occur are out.
+
+    Args:
+        matrix: Pixels `[K, K]` of true class by predicted class.
+    """
+    found = matrix.diagonal()
+    union = matrix.sum(0) + matrix.sum(1) - found
+    return (found[union > 0] / union[union > 0]).mean().item() if union.any() else 0.0
