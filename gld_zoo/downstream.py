@@ -63,7 +63,9 @@ def create_backbone(
         raise ValueError(f"backbone={name!r} cannot be created: {error}{remedy}") from error
 
 
-def save_downstream(model: nn.Module, folder: str | Path, *, label_names: list[str]) -> Path:
+def save_downstream(
+    model: nn.Module, folder: str | Path, *, label_names: list[str], image_size: int | None = None
+) -> Path:
     """Write a detector or segmenter as `model.safetensors` and `config.json`.
 
     Each file takes the place of an earlier one whole, and only once both are written.
@@ -72,11 +74,12 @@ def save_downstream(model: nn.Module, folder: str | Path, *, label_names: list[s
         model: From `create_ssd300` or `create_deeplabv3plus`.
         folder: Made if it is not there.
         label_names: Class names in order, a detector's without the background.
+        image_size: Longer side in pixels at which a segmenter was measured.
 
     Returns:
         The folder.
     """
-    config = dict(cast(Any, model).config, label_names=label_names)
+    config = dict(cast(Any, model).config, label_names=label_names, image_size=image_size)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
@@ -93,7 +96,7 @@ def save_downstream(model: nn.Module, folder: str | Path, *, label_names: list[s
 
 
 def load_downstream(folder: str | Path) -> Any:
-    """Load what `save_downstream` wrote, in eval mode; `config` has its `label_names`.
+    """Load what `save_downstream` wrote, in eval mode; `config` is that file's content.
 
     Raises:
         ValueError: If the folder does not hold such a model, or it is damaged.
@@ -102,7 +105,8 @@ def load_downstream(folder: str | Path) -> Any:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         arguments = dict(config)
-        names, factory = arguments.pop("label_names"), arguments.pop("factory")
+        del arguments["label_names"], arguments["image_size"]
+        factory = arguments.pop("factory")
         create = getattr(importlib.import_module(FACTORIES[factory]), factory)
         tensors = load_file(folder / "model.safetensors")
         model = create(**arguments, pretrained_backbone=False)
@@ -113,5 +117,5 @@ def load_downstream(folder: str | Path) -> Any:
             f"{folder} holds no whole detector or segmenter ({reason}); name a folder that "
             "save_downstream or the trainer wrote"
         ) from error
-    model.config["label_names"] = names
+    model.config = config
     return model.eval()

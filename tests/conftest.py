@@ -69,8 +69,8 @@ def tiny_dataset(tmp_path_factory, rows):
     )
 
 
-def launch(*options, processes=1, precision="no"):
-    """Run `train/distill.py` as a user does, in processes of its own; return what it printed."""
+def launch(*options, processes=1, precision="no", script="distill.py"):
+    """Run a trainer as a user does, in processes of its own; return what it printed."""
     command = ["accelerate.commands.launch", "--cpu", "--num_processes", "1"]
     command += ["--mixed_precision", precision]
     if processes > 1:  # accelerate starts one process on a CPU whatever it is told
@@ -80,7 +80,7 @@ def launch(*options, processes=1, precision="no"):
             sys.executable,
             "-m",
             *command,
-            str(CHECKOUT / "train" / "distill.py"),
+            str(CHECKOUT / "train" / script),
             *map(str, options),
         ],
         capture_output=True,

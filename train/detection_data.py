@@ -161,6 +161,7 @@ def training_transform(size: int, mean: list[float]) -> v2.Compose:
     fill = {tv_tensors.Image: [255 * value for value in mean], "others": 0}
     return v2.Compose(
         [
+            *_tidy(),  # a box outside its image could come to lie inside one zoomed out
             v2.RandomPhotometricDistort(),
             v2.RandomZoomOut(fill=fill),
             v2.RandomIoUCrop(),

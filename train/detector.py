@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 import torch.nn as nn
+from accelerate.utils import gather_object
 from torchmetrics.detection import MeanAveragePrecision
 from torchvision.models.detection.ssd import SSD
 from torchvision.ops import box_iou
@@ -152,26 +154,24 @@ class Detector(Trainer):
         """Return the mean loss of an image, and each AP."""
         self.share_buffers()
         self.model.eval()
-        device = self.accelerator.device
-        coco = _average_precision(device)
-        voc = _average_precision(device, iou_thresholds=[0.5], rec_thresholds=VOC07_RECALLS)
-        sums = torch.zeros(2, dtype=torch.float64, device=device)
+        seen: list[tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], float]] = []
         images: Any
         targets: Any
         for images, targets in batches:
             losses, found = losses_and_detections(self.model, images, targets)
-            sums += torch.stack([losses.double().sum(), torch.tensor(len(images)).to(sums)])
-            for metric in (coco, voc):
-                metric.update(found, targets)
+            seen += zip(map(_on_cpu, found), map(_on_cpu, targets), losses.tolist(), strict=True)
+        # torchmetrics' own gathering wants as many images of every process
         if self.accelerator.num_processes > 1:
-            torch.distributed.all_reduce(sums)
-        scores, voc_scores = coco.compute(), voc.compute()
+            seen = gather_object(seen)
+        guesses, truths, each = zip(*seen, strict=True)
+        coco = average_precision(guesses, truths)
+        voc = average_precision(guesses, truths, iou_thresholds=[0.5], rec_thresholds=VOC07_RECALLS)
         # torchmetrics gives -1 where no object is to be found
         return dict(
-            loss=(sums[0] / sums[1]).item(),
-            ap=100 * max(scores["map"].item(), 0.0),
-            ap50=100 * max(scores["map_50"].item(), 0.0),
-            voc07=100 * max(voc_scores["map"].item(), 0.0),
+            loss=sum(each) / len(each),
+            ap=100 * max(coco["map"].item(), 0.0),
+            ap50=100 * max(coco["map_50"].item(), 0.0),
+            voc07=100 * max(voc["map"].item(), 0.0),
         )
 
     def introduction(self) -> list[str]:
@@ -208,10 +208,26 @@ class Detector(Trainer):
         self.run.export(name, lambda folder: save_downstream(self.model, folder, label_names=names))
 
 
-def _average_precision(device: torch.device, **options: Any) -> MeanAveragePrecision:
-    metric = MeanAveragePrecision(backend="faster_coco_eval", **options)
+def average_precision(
+    guesses: Sequence[dict[str, torch.Tensor]],
+    truths: Sequence[dict[str, torch.Tensor]],
+    **options: Any,
+) -> dict[str, torch.Tensor]:
+    """Return COCO's precisions of some images' detections, on the CPU.
+
+    Args:
+        guesses: `boxes`, `labels` and `scores` of each image.
+        truths: `boxes` and `labels`, and `iscrowd` for what is ignored.
+        **options: As for torchmetrics' `MeanAveragePrecision`.
+    """
+    metric = MeanAveragePrecision(backend="faster_coco_eval", sync_on_compute=False, **options)
     metric.warn_on_many_detections = False  # only the best hundred count, as COCO has it
-    return metric.to(device)
+    metric.update(list(guesses), list(truths))
+    return metric.compute()
+
+
+def _on_cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key: value.cpu() for key, value in tensors.items()}
 
 
 class SSDLoss(nn.Module):

@@ -213,8 +213,11 @@ class Segmenter(Trainer):
     def export(self, name: str) -> None:
         """Write the segmenter to a folder of the run, as `load_downstream` loads it."""
         recipe = self.recipe
-        names = recipe.label_names or [str(i) for i in range(recipe.num_classes)]
-        self.run.export(name, lambda folder: save_downstream(self.model, folder, label_names=names))
+        options: dict[str, Any] = dict(
+            label_names=recipe.label_names or [str(i) for i in range(recipe.num_classes)],
+            image_size=recipe.image_size,
+        )
+        self.run.export(name, lambda folder: save_downstream(self.model, folder, **options))
 
 
 class Logits(nn.Module):

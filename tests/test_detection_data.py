@@ -1,0 +1,148 @@
+"""Boxes: what is read, what is refused, and that augmentation moves them with their objects."""
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, Features, Image, List, Value
+from scenes import COLORS, detection_rows, png, scene, write_detection
+from torchvision.transforms import v2
+
+from detection_data import (
+    DetectionSource,
+    Finish,
+    collate,
+    measuring_transform,
+    training_transform,
+)
+from keyed_loader import transform_under
+from sources import DataError
+
+IMAGE, BOXES, CATEGORIES, _ = scene(0)
+
+
+def source(folder, rows, **options):
+    return DetectionSource(str(write_detection(folder, dict(train=rows, test=rows))), **options)
+
+
+def first(found):
+    return found.train.example(0, found.train.table[0])
+
+
+def test_a_row_is_torchvisions_target(tmp_path):
+    found = source(tmp_path, [(IMAGE, BOXES, CATEGORIES, [0, 1])])
+    image, target = first(found)
+    assert torch.equal(image, torch.from_numpy(IMAGE).permute(2, 0, 1))
+    assert target["boxes"].tolist() == BOXES
+    assert target["labels"].tolist() == [category + 1 for category in CATEGORIES]
+    assert target["iscrowd"].tolist() == [0, 1]
+    assert found.label_names == ["red", "green", "blue"]
+    assert found.train.check() == 2
+
+
+def test_corner_with_width_and_height(tmp_path):
+    boxes = [[x1, y1, x2 - x1, y2 - y1] for x1, y1, x2, y2 in BOXES]
+    found = source(tmp_path, [(IMAGE, boxes, CATEGORIES, [0, 0])], bbox_format="xywh")
+    assert first(found)[1]["boxes"].tolist() == BOXES
+
+
+def test_plain_integers_are_numbered(tmp_path):
+    features = Features(
+        picture=Image(),
+        things=dict(bbox=List(List(Value("float32"))), category=List(Value("int64"))),
+    )
+    columns = dict(picture=[png(IMAGE)], things=[dict(bbox=BOXES, category=[0, 4])])
+    (tmp_path / "data").mkdir()
+    for split in ("train", "validation"):
+        path = tmp_path / "data" / f"{split}-00000-of-00001.parquet"
+        Dataset.from_dict(columns, features=features).to_parquet(str(path))
+    found = DetectionSource(str(tmp_path), objects_column="things")
+    assert found.label_names == ["0", "1", "2", "3", "4"]
+    assert first(found)[1]["iscrowd"].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("boxes", [[], [[5.0, 5.0, 5.0, 20.0]], [[200.0, 5.0, 220.0, 20.0]]])
+def test_no_box_one_without_area_and_one_outside_leave_an_image_without(tmp_path, boxes):
+    found = source(tmp_path, [(IMAGE, boxes, [1] * len(boxes), [0] * len(boxes))])
+    for transform in (training_transform(64, [0.5] * 3), measuring_transform()):
+        _, target = transform_under(transform, first(found), 0)
+        assert target["boxes"].shape == (0, 4)
+        assert len(target["labels"]) == len(target["iscrowd"]) == 0
+
+
+def test_a_box_partly_outside_is_cut(tmp_path):
+    found = source(tmp_path, [(IMAGE, [[-10.0, 60.0, 30.0, 90.0]], [1], [0])])
+    _, target = measuring_transform()(*first(found))
+    assert target["boxes"].tolist() == [[0, 60, 30, 72]]
+
+
+@pytest.mark.parametrize(
+    ("boxes", "categories", "message"),
+    [
+        (
+            [[0.0, 0.0, 9.0, 9.0]],
+            [-1],
+            r"row 1 of split 'train' .* category (-1|None), outside 0 to 2",
+        ),
+        ([[0.0, 0.0, 9.0]], [1], r"row 1 of .* each needs four"),
+        ([[0.0, 0.0, 9.0, 9.0]], [1, 2], r"row 1 of .* 1 boxes of .* for 2 categories"),
+        ([[0.0, 0.0, float("nan"), 9.0]], [1], r"row 1 of .* not finite"),
+    ],
+)
+def test_boxes_that_cannot_be_meant_are_refused(tmp_path, boxes, categories, message):
+    rows = [(IMAGE, BOXES, CATEGORIES, [0, 0]), (IMAGE, boxes, categories, [0] * len(boxes))]
+    with pytest.raises(DataError, match=message):
+        source(tmp_path, rows).train.check()
+
+
+def test_columns_that_are_not_there_are_named(tmp_path):
+    rows = [(IMAGE, BOXES, CATEGORIES, [0, 0])]
+    with pytest.raises(DataError, match="objects_column='boxes' is not a column of"):
+        source(tmp_path, rows, objects_column="boxes")
+
+
+@pytest.mark.parametrize("number", range(40))
+def test_augmentation_keeps_an_objects_pixels_inside_its_box(tmp_path_factory, number):
+    """The rectangle's pixels, found by colour, lie in the box, and fill it."""
+    image, boxes, categories, _ = scene(number, size=(120, 90), objects=1)
+    folder = tmp_path_factory.mktemp("scene")
+    found = source(folder, [(image, boxes, categories, [0])])
+    transform = training_transform(100, [0.0] * 3)
+    # colours must stay to be found
+    transform.transforms = [
+        step for step in transform.transforms if not isinstance(step, v2.RandomPhotometricDistort)
+    ]
+    pixels, target = transform_under(transform, first(found), number)
+    assert pixels.shape == (3, 100, 100)
+    color = torch.tensor(COLORS[categories[0]])[:, None, None]
+    near = ((pixels.int() - color).abs() < 60).all(0)
+    if not len(target["boxes"]):
+        assert near.sum() < 40  # no more than a rim of what was cropped away
+        return
+    (x1, y1, x2, y2), (label,) = target["boxes"][0].tolist(), target["labels"].tolist()
+    assert label == categories[0] + 1
+    rows, columns = near.nonzero().T
+    assert rows.min() >= np.floor(y1) - 1
+    assert rows.max() <= np.ceil(y2)
+    assert columns.min() >= np.floor(x1) - 1
+    assert columns.max() <= np.ceil(x2)
+    assert near.sum() >= 0.7 * (x2 - x1) * (y2 - y1)
+
+
+def test_the_same_seed_gives_the_same_example(tmp_path):
+    found = source(tmp_path, detection_rows([3]))
+    transform = training_transform(80, [0.4] * 3)
+    (a, one), (b, two) = (transform_under(transform, first(found), 7) for _ in range(2))
+    other, _ = transform_under(transform, first(found), 8)
+    assert torch.equal(a, b)
+    assert torch.equal(one["boxes"], two["boxes"])
+    assert not torch.equal(a, other)
+
+
+def test_a_batch_is_lists_of_plain_tensors(tmp_path):
+    found = source(tmp_path, detection_rows([1, 2]))
+    examples = [found.train.example(i, found.train.table[i]) for i in (0, 1)]
+    images, targets = Finish(torch.device("cpu"))(collate(examples))
+    assert [type(image) for image in images] == [torch.Tensor] * 2
+    assert images[0].dtype == torch.float32
+    assert images[0].max() <= 1
+    assert type(targets[1]["boxes"]) is torch.Tensor

@@ -1,0 +1,213 @@
+"""train/detect.py, train/segment.py and train/predict.py: they learn, resume, and agree."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import launch, read_lines
+from PIL import Image
+from scenes import detection_rows, scene, segmentation_rows, write_detection, write_segmentation
+
+import detect
+import detector
+import predict
+import segment
+import segmenter
+from gld_zoo.downstream import load_downstream
+
+BACKBONE = ["--backbone", "mobilenetv3_small_050", "--pretrained", "false", "--threads", 1]
+DETECT = [*BACKBONE, "--workers", 0, "--epochs", 2, "--batch_size", 4, "--lr", 0.01]
+SEGMENT = [*BACKBONE, "--workers", 0, "--epochs", 8, "--batch_size", 4, "--lr", 0.1]
+SEGMENT += ["--num_classes", 4, "--image_size", 96, "--label_names", "[none, red, green, blue]"]
+
+
+@pytest.fixture(scope="module")
+def boxes(tmp_path_factory):
+    splits = dict(train=detection_rows(range(8)), test=detection_rows(range(8, 13)))
+    return write_detection(tmp_path_factory.mktemp("boxes"), splits)
+
+
+@pytest.fixture(scope="module")
+def masks(tmp_path_factory):
+    splits = dict(train=segmentation_rows(range(12)), test=segmentation_rows(range(12, 17)))
+    return write_segmentation(tmp_path_factory.mktemp("masks"), splits)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, boxes, masks):
+    """A finished run of each, in this process."""
+    folder = tmp_path_factory.mktemp("runs")
+    threads = torch.get_num_threads()
+    run(detect, *DETECT, "--dataset", boxes, "--run", folder / "detect")
+    run(segment, *SEGMENT, "--dataset", masks, "--run", folder / "segment")
+    torch.set_num_threads(threads)
+    return folder
+
+
+def run(module, *options):
+    module.cli([str(option) for option in options])
+
+
+def fails(module, *options):
+    with pytest.raises(SystemExit) as stop:
+        run(module, *options)
+    return str(stop.value.code)
+
+
+def test_a_detection_run_is_whole(runs):
+    folder = runs / "detect"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["train_boxes"], summary["test_boxes"]) == (16, 10)
+    assert {"ap", "ap50", "voc07", "best_epoch_ap50"} <= summary.keys()
+    lines = read_lines(folder / "metrics.jsonl")
+    assert {"loss", "loss_box", "loss_class", "test_loss", "test_ap50"} <= lines[0].keys()
+    assert lines[-1]["test_loss"] < lines[0]["test_loss"]
+    assert (folder / "curves.png").stat().st_size > 5000
+    model = load_downstream(folder / "last")
+    assert model.config["label_names"] == ["red", "green", "blue"]
+
+
+def test_a_segmentation_run_learns(runs):
+    folder = runs / "segment"
+    summary = json.loads((folder / "summary.json").read_text())
+    lines = read_lines(folder / "metrics.jsonl")
+    assert lines[-1]["loss"] < 0.7 * lines[0]["loss"]
+    assert summary["miou"] > 40
+    assert lines[-1]["lr"] == pytest.approx(0.1 * (1 - (8 - 1 / 3) / 8) ** 0.9)
+    # the same number from the saved model, worked out by hand
+    model = load_downstream(folder / "last")
+    matrix = np.zeros((4, 4))
+    config = segmenter.resolve_model_data_config(model.backbone)
+    for image, mask in segmentation_rows(range(12, 17)):
+        scaled = (torch.from_numpy(image).permute(2, 0, 1) / 255)[None]
+        mean, std = (torch.tensor(config[key])[:, None, None] for key in ("mean", "std"))
+        with torch.no_grad():
+            guess = model((scaled - mean) / std).argmax(1)[0].numpy()
+        np.add.at(matrix, (mask, guess), 1)
+    union = matrix.sum(0) + matrix.sum(1) - matrix.diagonal()
+    expected = (matrix.diagonal()[union > 0] / union[union > 0]).mean()
+    assert summary["miou"] == pytest.approx(100 * expected, abs=0.2)
+
+
+@pytest.mark.parametrize(("module", "options"), [(detect, DETECT), (segment, SEGMENT)])
+def test_a_run_that_was_stopped_ends_in_the_same_bits(
+    runs, boxes, masks, tmp_path, module, options, capsys
+):
+    dataset = boxes if module is detect else masks
+    name = module.__name__
+    target = ["--run", tmp_path / "run"]
+    threads = torch.get_num_threads()
+    run(module, *options, "--dataset", dataset, *target, "--max_minutes", 0)
+    assert "stopped by max_minutes at step 1 of epoch 1" in capsys.readouterr().out
+    run(module, *target, "--resume", "--max_minutes", "null")
+    torch.set_num_threads(threads)
+    for file in ("last/model.safetensors", "last/config.json"):
+        assert (tmp_path / "run" / file).read_bytes() == (runs / name / file).read_bytes()
+    pairs = zip(
+        *(read_lines(f / "metrics.jsonl") for f in (tmp_path / "run", runs / name)), strict=True
+    )
+    for line, expected in pairs:
+        for key in line.keys() - {"seconds", "images_per_second"}:
+            assert line[key] == pytest.approx(expected[key], rel=1e-6), key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["detect", "segment"])
+def test_two_processes_measure_what_one_does(runs, tmp_path, name):
+    """A finished run whose summary is gone is measured again by those who resume it."""
+    shutil.copytree(runs / name, tmp_path / "run")
+    (tmp_path / "run" / "summary.json").unlink()
+    launch("--run", tmp_path / "run", "--resume", processes=2, script=f"{name}.py")
+    one, two = (
+        json.loads((folder / "summary.json").read_text())
+        for folder in (runs / name, tmp_path / "run")
+    )
+    assert one.keys() == two.keys()
+    for key in one.keys() - {"seconds", "dataset", "best_epoch_split"}:
+        assert two[key] == pytest.approx(one[key], abs=1e-3), key
+
+
+def voc07(guess, truth):
+    options = dict(iou_thresholds=[0.5], rec_thresholds=detector.VOC07_RECALLS)
+    return detector.average_precision([guess], [truth], **options)["map"].item()
+
+
+def test_difficult_objects_neither_help_nor_hurt():
+    truth = dict(
+        boxes=torch.tensor([[0.0, 0.0, 40.0, 40.0], [50.0, 50.0, 90.0, 90.0]]),
+        labels=torch.tensor([1, 1]),
+        iscrowd=torch.tensor([0, 1]),
+    )
+    found = dict(boxes=truth["boxes"][:1], labels=torch.tensor([1]), scores=torch.tensor([0.9]))
+    both = dict(boxes=truth["boxes"], labels=torch.tensor([1, 1]), scores=torch.tensor([0.9, 0.95]))
+    for guess in (found, both):
+        assert voc07(guess, truth) == pytest.approx(1.0)
+
+
+def test_voc07_is_the_mean_precision_at_11_recalls():
+    """Of two objects the better guess is wrong: precision 1/2 up to recall 1/2, then 0."""
+    truth = dict(
+        boxes=torch.tensor([[0.0, 0.0, 40.0, 40.0], [50.0, 50.0, 90.0, 90.0]]),
+        labels=torch.tensor([1, 1]),
+    )
+    guess = dict(
+        boxes=torch.tensor([[0.0, 50.0, 40.0, 90.0], [0.0, 0.0, 40.0, 40.0]]),
+        labels=torch.tensor([1, 1]),
+        scores=torch.tensor([0.9, 0.8]),
+    )
+    assert voc07(guess, truth) == pytest.approx(6 * 0.5 / 11)
+
+
+def test_a_mask_that_ignores_all_costs_nothing():
+    logits = torch.randn(1, 3, 4, 4, requires_grad=True)
+    loss = segmenter.pixel_loss(logits, torch.full((1, 4, 4), 255))
+    loss.backward()
+    assert loss.item() == 0
+    assert torch.equal(logits.grad, torch.zeros_like(logits))
+
+
+def test_mean_iou_leaves_out_classes_that_never_occur():
+    matrix = torch.tensor([[3.0, 1.0, 0.0], [0.0, 4.0, 0.0], [0.0, 0.0, 0.0]])
+    assert segmenter.mean_iou(matrix) == pytest.approx((3 / 4 + 4 / 5) / 2)
+    assert segmenter.mean_iou(torch.zeros(2, 2)) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "message"),
+    [
+        (detect, ["--backbone", "gld_wrn16_1"], "has maps at strides [1, 2, 4]"),
+        (detect, ["--backbone", "gld_resnet34", "--pretrained", "true"], "No pretrained weights"),
+        (detect, ["--batch_size", 9], "fewer than batch_size=9"),
+        (detect, ["--dataset", "nowhere"], "there is no such folder"),
+        (segment, ["--batch_size", 1], "batch norm of the image-level features needs two"),
+        (segment, ["--num_classes", 2, "--label_names", "[]"], "set num_classes or mend it"),
+        (segment, ["--mask_column", "labels"], "mask_column='labels' is not a column"),
+    ],
+)
+def test_mistakes_end_with_one_line(boxes, masks, tmp_path, module, options, message):
+    usual, dataset = (DETECT, boxes) if module is detect else (SEGMENT, masks)
+    options = [*usual, "--dataset", dataset, "--run", tmp_path / "run", *options]
+    assert message in fails(module, *options)
+
+
+@pytest.mark.parametrize("name", ["detect", "segment"])
+def test_predictions_are_drawn(runs, tmp_path, name, capsys):
+    image, *_ = scene(3)
+    Image.fromarray(image).save(tmp_path / "scene.jpg")
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    out = tmp_path / "drawn"
+    options = [runs / name, tmp_path, "--out", out, "--threshold", 0.01]
+    assert fails(predict, *options) == "1"
+    printed = capsys.readouterr()
+    assert "broken.png: skipped" in printed.err
+    assert "scene.jpg: " in printed.out
+    (drawn,) = out.iterdir()
+    pixels = np.asarray(Image.open(drawn))
+    assert (pixels[:72, :96] != image).any()
+
+
+def test_a_folder_without_a_model_is_named(tmp_path):
+    message = fails(predict, tmp_path, "x.png", "--out", tmp_path / "out")
+    assert "holds no whole detector or segmenter" in message

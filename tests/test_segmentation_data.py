@@ -1,0 +1,104 @@
+"""Masks: what is read, what is refused, and that augmentation moves them with their pixels."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from scenes import COLORS, scene, segmentation_rows, write_segmentation
+
+from batches import Normalize
+from keyed_loader import transform_under
+from segmentation_data import (
+    Finish,
+    MeasuringTransform,
+    SegmentationSource,
+    listed,
+    stack,
+    training_transform,
+)
+from sources import DataError
+
+IMAGE, _, _, MASK = scene(0)
+
+
+def source(folder, rows, num_classes=4, **options):
+    folder = write_segmentation(folder, dict(train=rows, test=rows))
+    return SegmentationSource(str(folder), num_classes, **options)
+
+
+def first(found):
+    return found.train.example(0, found.train.table[0])
+
+
+def test_a_row_is_an_image_and_its_mask(tmp_path):
+    image, mask = first(source(tmp_path, [(IMAGE, MASK)]))
+    assert torch.equal(image, torch.from_numpy(IMAGE).permute(2, 0, 1))
+    assert torch.equal(mask, torch.from_numpy(MASK).long())
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (MASK[:, :-1], r"row 0 of split 'train' .*: the image is 96x72 and its mask 95x72"),
+        (np.full_like(MASK, 4), "mask with value 4, which is neither one of 4 classes"),
+        (np.stack([MASK] * 3, axis=2), "mask of 3 channels; it needs one"),
+    ],
+)
+def test_masks_that_cannot_be_meant_are_refused(tmp_path, mask, message):
+    with pytest.raises(DataError, match=message):
+        first(source(tmp_path, [(IMAGE, mask)]))
+
+
+def test_columns_that_are_not_there_are_named(tmp_path):
+    with pytest.raises(DataError, match="mask_column='labels' is not a column"):
+        source(tmp_path, [(IMAGE, MASK)], mask_column="labels")
+
+
+def test_a_mask_that_ignores_all_is_taken(tmp_path):
+    _, mask = first(source(tmp_path, [(IMAGE, np.full_like(MASK, 255))]))
+    assert (mask == 255).all()
+
+
+def grown(where):
+    """Add a pixel on every side."""
+    return F.max_pool2d(where[None].float(), 3, stride=1, padding=1)[0] > 0
+
+
+@pytest.mark.parametrize("number", range(25))
+def test_augmentation_keeps_classes_on_their_pixels(tmp_path_factory, number):
+    image, _, categories, mask = scene(number, size=(120, 90))
+    found = source(tmp_path_factory.mktemp("scene"), [(image, mask)])
+    transform = training_transform(100, (0.0,) * 3)
+    pixels, moved = transform_under(transform, first(found), number)
+    assert pixels.shape == (3, 100, 100)
+    assert moved.shape == (100, 100)
+    assert set(moved.unique().tolist()) <= {0, 255, *(category + 1 for category in categories)}
+    for category in set(categories):
+        color = torch.tensor(COLORS[category])[:, None, None]
+        near = ((pixels.int() - color).abs() < 60).all(0)
+        inside = moved == category + 1
+        assert near[~grown(~inside)].all()  # but for a rim that is blurred
+        assert grown(inside)[near].all()
+    if (moved == 255).any():  # only where the crop is larger than the image
+        assert (pixels[:, moved == 255] == 0).all()
+
+
+def test_a_measured_image_fits_and_its_mask_stays(tmp_path):
+    image, mask = MeasuringTransform(48)(*first(source(tmp_path, [(IMAGE, MASK)])))
+    assert image.shape == (3, 36, 48)
+    assert mask.shape == (72, 96)
+
+
+def test_batches_are_normalised(tmp_path):
+    rows = segmentation_rows([1, 2], size=(96, 72))
+    found = source(tmp_path, rows)
+    examples = [found.train.example(i, found.train.table[i]) for i in (0, 1)]
+    finish = Finish(Normalize((0.5,) * 3, (0.25,) * 3, torch.device("cpu")))
+    images, masks = finish(stack(examples))
+    assert images.shape == (2, 3, 72, 96)
+    expected = (torch.from_numpy(rows[0][0]).permute(2, 0, 1) / 255 - 0.5) / 0.25
+    torch.testing.assert_close(images[0], expected, atol=1e-5, rtol=0)
+    assert type(masks) is torch.Tensor
+    several, alone = finish(listed(examples))
+    torch.testing.assert_close(several[1], images[1:])
+    assert torch.equal(alone[1], masks[1])

@@ -1,0 +1,138 @@
+"""Draw what a detector or a segmenter finds in images.
+
+    python train/predict.py runs/mine-0/last photo.jpg photos/ --out drawn
+    python train/predict.py runs/mine-0 'photos/*.png' --out drawn --threshold 0.5
+
+Boxes carry their class and confidence; masks are coloured by class, their names beside the image.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jsonargparse import ArgumentParser
+from jsonargparse.typing import PositiveInt
+from PIL import Image, ImageDraw
+from timm.data import resolve_model_data_config
+from torchvision.models.detection.ssd import SSD
+from torchvision.transforms import v2
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+
+from batches import Normalize
+from disk import DiskError, writing
+from gld_zoo.cli import read_images
+from gld_zoo.downstream import load_downstream
+from segmentation_data import MeasuringTransform
+
+CPU = torch.device("cpu")
+
+
+@torch.no_grad()
+def draw_boxes(model: Any, image: torch.Tensor, threshold: float) -> tuple[torch.Tensor, str]:
+    """Draw the boxes of an image uint8 `[3, H, W]`; return it and a line that lists them."""
+    (found,) = model([image / 255])
+    keep = found["scores"] >= threshold
+    labels, scores = found["labels"][keep].tolist(), found["scores"][keep].tolist()
+    names = [
+        f"{model.config['label_names'][label - 1]} {score:.0%}"
+        for label, score in zip(labels, scores, strict=True)
+    ]
+    colors = [_color(label) for label in labels]
+    drawn = image
+    if names:
+        drawn = draw_bounding_boxes(image, found["boxes"][keep], names, colors=colors, width=2)
+    return drawn, ", ".join(names) or "nothing"
+
+
+@torch.no_grad()
+def draw_mask(model: Any, image: torch.Tensor, size: int) -> tuple[torch.Tensor, str]:
+    """Colour an image uint8 `[3, H, W]` by class; return it and the share of each class.
+
+    Args:
+        model: From `load_downstream`.
+        image: The image.
+        size: Longer side in pixels at which the model sees it.
+    """
+    config = resolve_model_data_config(model.backbone)
+    normalize = Normalize(config["mean"], config["std"], CPU)
+    small, _ = MeasuringTransform(size)(image, image)
+    logits = model(normalize(small.permute(1, 2, 0)[None]))
+    classes = F.interpolate(
+        logits, size=image.shape[-2:], mode="bilinear", align_corners=False
+    ).argmax(1)[0]
+    names = model.config["label_names"]
+    masks = torch.stack([classes == i for i in range(len(names))])
+    colors = [_color(i) for i in range(len(names))]
+    drawn = draw_segmentation_masks(image, masks, alpha=0.55, colors=colors)
+    shares = masks.flatten(1).float().mean(1)
+    order = [i for i in shares.argsort(descending=True).tolist() if shares[i] > 0]
+    return _with_key(drawn, [(names[i], colors[i]) for i in order]), ", ".join(
+        f"{names[i]} {shares[i]:.0%}" for i in order
+    )
+
+
+def _with_key(image: torch.Tensor, entries: list[tuple[str, tuple[int, ...]]]) -> torch.Tensor:
+    """Put the classes' colours and names to the right of an image."""
+    line = 16
+    height = max(image.shape[1], line * len(entries) + 4)
+    canvas = torch.full((3, height, image.shape[2] + 110), 255, dtype=torch.uint8)
+    canvas[:, : image.shape[1], : image.shape[2]] = image
+    left = image.shape[2] + 6
+    boxes = [[left, 4 + i * line, left + 10, 14 + i * line] for i in range(len(entries))]
+    colors = [color for _, color in entries]
+    canvas = draw_bounding_boxes(canvas, torch.tensor(boxes), colors=colors, fill=True)
+    picture = v2.functional.to_pil_image(canvas)
+    pen = ImageDraw.Draw(picture)
+    for (name, _), (x, y, *_) in zip(entries, boxes, strict=True):
+        pen.text((x + 16, y - 2), name, fill="black")
+    return v2.functional.pil_to_tensor(picture)
+
+
+def _color(label: int) -> tuple[int, int, int]:
+    """Return a class's colour: hues a golden angle apart, so that neighbours differ."""
+    hue = int(255 * (label * 0.618034 % 1))
+    red, green, blue = Image.new("HSV", (1, 1), (hue, 200, 235)).convert("RGB").tobytes()
+    return red, green, blue
+
+
+def cli(arguments: list[str] | None = None) -> None:
+    """Run the command line; a mistake ends the program with one line that names it."""
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path, help="run folder, or a folder such as its last/")
+    parser.add_argument("images", type=str, nargs="+", help="file, folder or pattern")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the drawings")
+    parser.add_argument("--threshold", type=float, default=0.4, help="least confidence of a box")
+    parser.add_argument(
+        "--image_size",
+        type=PositiveInt | None,
+        help="longer side in pixels that a segmenter sees; null: as it was measured",
+    )
+    options = parser.parse_args(arguments)
+    last = options.model / "last"
+    try:
+        model = load_downstream(last if last.is_dir() else options.model)
+        failed: list[Path] = []
+        for path, image in read_images(options.images, failed):
+            pixels = v2.functional.pil_to_tensor(image)
+            if isinstance(model, SSD):
+                drawn, found = draw_boxes(model, pixels, options.threshold)
+            else:
+                drawn, found = draw_mask(
+                    model, pixels, options.image_size or model.config["image_size"]
+                )
+            target = options.out / f"{path.stem}.png"
+            with writing(target):
+                options.out.mkdir(parents=True, exist_ok=True)
+                v2.functional.to_pil_image(drawn).save(target)
+            print(f"{path}: {found}")
+    except (DiskError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    sys.exit(int(bool(failed)))
+
+
+if __name__ == "__main__":
+    cli()
