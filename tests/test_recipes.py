@@ -9,14 +9,21 @@ import torch
 from accelerate import Accelerator
 
 import linear_probe
+from detector import DetectionRecipe
 from distiller import Distiller
 from options import parse_command
 from recipe import Recipe
 from run_folder import RunFolder
+from segmenter import SegmentationRecipe
 
 FOLDER = Path(__file__).parent.parent / "train" / "recipes"
 PROBES = sorted(FOLDER.glob("linear_*.yaml"))
-RECIPES = sorted(set(FOLDER.glob("*.yaml")) - set(PROBES))
+TRANSFERS = {
+    "detect": (DetectionRecipe, sorted(FOLDER.glob("detect_*.yaml"))),
+    "segment": (SegmentationRecipe, sorted(FOLDER.glob("segment_*.yaml"))),
+}
+OTHERS = [*PROBES, *TRANSFERS["detect"][1], *TRANSFERS["segment"][1]]
+RECIPES = sorted(set(FOLDER.glob("*.yaml")) - set(OTHERS))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -35,6 +42,30 @@ def test_every_linear_recipe_names_its_command_and_runs(path, teacher_run, tiny_
     options = ["--config", path, "--model", teacher_run, "--dataset", tiny_dataset]
     linear_probe.cli([str(option) for option in options])
     assert "train images       64" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", sorted(TRANSFERS))
+def test_every_transfer_recipe_parses_and_names_its_command_and_model(name):
+    kind, paths = TRANSFERS[name]
+    assert len(paths) == 3
+    for path in paths:
+        recipe = kind.load(path)
+        assert f"train/{name}.py --config train/recipes/{path.name}" in path.read_text()
+        assert timm.is_model(recipe.backbone)
+
+
+def test_transfer_schedules_are_the_papers():
+    voc = DetectionRecipe.load(FOLDER / "detect_voc.yaml")
+    assert (voc.epochs, voc.batch_size, voc.weight_decay, voc.momentum) == (250, 32, 5e-4, 0.9)
+    found = [voc.lr_at(epoch) for epoch in (0, 1, 2, 149.9, 150, 199.9, 200)]
+    expected = [0, 5e-4, 1e-3, 1e-3, 1e-4, 1e-4, 1e-5]
+    assert found == pytest.approx(expected)
+    sbd = SegmentationRecipe.load(FOLDER / "segment_voc.yaml")
+    assert (sbd.epochs, sbd.batch_size, sbd.image_size) == (50, 16, 513)
+    assert sbd.lr_at(0) == 0.007
+    assert sbd.lr_at(25) == pytest.approx(0.007 * 0.5**0.9)
+    coco = SegmentationRecipe.load(FOLDER / "segment_coco.yaml")
+    assert (coco.epochs, coco.lr) == (40, 0.001)
 
 
 def architecture(teacher):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -48,7 +48,7 @@ class DetectionRecipe(Options):
     backbone: str = option("gld_resnet18", "timm name, hf-hub:ORG/NAME or local-dir:PATH")
     pretrained: bool = option(True, "start from the backbone's weights instead of random ones")
 
-    dataset: str = option("../shared/data/coco128", "hub id or folder in hub layout")
+    dataset: str = option(MISSING, "hub id or folder in hub layout")
     train_split: str = option("train", "split to train on")
     test_split: str | None = option(
         None, "split to measure on; null takes 'test', else 'validation'"

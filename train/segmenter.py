@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -47,7 +47,7 @@ class SegmentationRecipe(Options):
     pretrained: bool = option(True, "start from the backbone's weights instead of random ones")
     output_stride: int = option(16, "of the backbone's deepest map, 16 or 8")
 
-    dataset: str = option("../shared/data/camvid", "hub id or folder in hub layout")
+    dataset: str = option(MISSING, "hub id or folder in hub layout")
     train_split: str = option("train", "split to train on")
     test_split: str | None = option(
         None, "split to measure on; null takes 'test', else 'validation'"
