@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +13,7 @@ from torchmetrics.detection import MeanAveragePrecision
 from torchvision.models.detection.ssd import SSD
 from torchvision.ops import box_iou
 
-from batches import Data, EvalBatches, Share, derive_seed
+from batches import Data, EvalBatches, Share
 from detection_data import (
     DetectionSource,
     Finish,
@@ -25,11 +24,9 @@ from detection_data import (
 )
 from gld_zoo.detection import SIZE, create_ssd300
 from gld_zoo.downstream import save_downstream
-from keyed_loader import KeyedBatches, KeyedEval, KeyedExamples
-from models import ModelError
-from options import Options, option
-from sync_batch_norm import synchronise_batch_norm
-from trainer import Trainer
+from keyed_loader import KeyedExamples
+from options import option
+from transfer import TransferRecipe, TransferTrainer
 
 Images = list[torch.Tensor]
 Targets = list[dict[str, torch.Tensor]]
@@ -37,30 +34,16 @@ VOC07_RECALLS = [step / 10 for step in range(11)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class DetectionRecipe(Options):
+class DetectionRecipe(TransferRecipe):
     """Which detector learns what; the defaults are the paper's setting."""
 
-    GROUPS: ClassVar[dict[str, str]] = dict(
-        backbone="model", dataset="dataset", augment="images", **Options.GROUPS
-    )
-    RANGES: ClassVar[dict[str, tuple[float, float]]] = dict(workers=(0, math.inf), **Options.RANGES)
+    GROUPS: ClassVar[dict[str, str]] = dict(objects_column="boxes", **TransferRecipe.GROUPS)
 
-    backbone: str = option("gld_resnet18", "timm name, hf-hub:ORG/NAME or local-dir:PATH")
-    pretrained: bool = option(True, "start from the backbone's weights instead of random ones")
-
-    dataset: str = option(MISSING, "hub id or folder in hub layout")
-    train_split: str = option("train", "split to train on")
-    test_split: str | None = option(
-        None, "split to measure on; null takes 'test', else 'validation'"
-    )
-    image_column: str | None = option(None, "column of images; null takes the first of that type")
     objects_column: str = option("objects", "column of boxes and categories")
     bbox_format: Format = option(
         "xyxy", "corners, or xywh for the upper left corner, width and height, as COCO has it"
     )
-
     augment: bool = option(True, "SSD's random colours, zoom, crop and flip; false resizes alone")
-    workers: int = option(2, "processes that read images, for each split", decides=False)
 
     epochs: int = option(250, "passes over the training split")
     batch_size: int = option(32, "images a step, over all processes together")
@@ -79,7 +62,7 @@ class DetectionRecipe(Options):
         return f"ssd300-{self.backbone}"
 
 
-class Detector(Trainer):
+class Detector(TransferTrainer):
     """Trains SSD300; scores are COCO's AP and AP50 and an AP in the manner of VOC 2007, in %.
 
     The last is the mean precision at 11 recalls and an IoU of 0.5, difficult objects ignored, by
@@ -95,7 +78,7 @@ class Detector(Trainer):
 
     def build(self, share: Share) -> tuple[Data, nn.Module, nn.Module]:
         """Return the images, the detector, and its loss as a module."""
-        recipe, device = self.recipe, self.accelerator.device
+        recipe = self.recipe
         self.source = DetectionSource(
             recipe.dataset,
             train_split=recipe.train_split,
@@ -105,41 +88,18 @@ class Detector(Trainer):
             bbox_format=recipe.bbox_format,
         )
         self.boxes = [rows.check() for rows in (self.source.train, self.source.test)]
-        torch.manual_seed(derive_seed(recipe.seed))
-        try:
-            model: Any = create_ssd300(
-                recipe.backbone, len(self.source.label_names) + 1, recipe.pretrained
-            )
-        except ValueError as error:
-            raise ModelError(str(error)) from error
-        model.to(device, memory_format=torch.channels_last)
-        if recipe.sync_batch_norm and self.accelerator.num_processes > 1:
-            model = synchronise_batch_norm(model, device)
-        options: dict[str, Any] = dict(
-            share=share, workers=recipe.workers, pin=device.type == "cuda"
-        )
-        transform: Any = training_transform(SIZE, model.transform.image_mean)
-        if not recipe.augment:
-            transform = measuring_transform()
-        train = KeyedBatches(
-            KeyedExamples(self.source.train, transform, recipe.seed),
+        model = self.create(create_ssd300, len(self.source.label_names) + 1)
+        plain = measuring_transform()
+        augmented = training_transform(SIZE, model.transform.image_mean)
+        data = self.read(
+            share,
+            Finish(self.accelerator.device),
+            KeyedExamples(self.source.train, augmented if recipe.augment else plain, recipe.seed),
             collate,
-            Finish(device),
-            count=len(self.source.train),
-            batch_size=recipe.batch_size,
-            seed=recipe.seed,
-            **options,
-        )
-        share.batch_size(recipe.batch_size)
-        test = KeyedEval(
-            KeyedExamples(self.source.test, measuring_transform(), 0),
+            KeyedExamples(self.source.test, plain, 0),
             collate,
-            Finish(device),
-            count=len(self.source.test),
-            batch_size=recipe.eval_batch_size,
-            **options,
         )
-        return Data(train, test), model, SSDLoss(model)
+        return data, model, SSDLoss(model)
 
     def forward(
         self, images: Images, targets: Targets
@@ -185,17 +145,12 @@ class Detector(Trainer):
         """Return the detector's name."""
         return f"SSD300 on {self.recipe.backbone}"
 
-    def describe_origin(self) -> str:
-        """Return which weights it starts from."""
-        return "pretrained backbone" if self.recipe.pretrained else "random weights"
-
     def conclusion(self, summary: dict[str, Any], before: float, origin: str) -> list[str]:
         """Return what the run came to, and how to use the detector."""
         return [
             f"AP50 {before:.2f} % before ({origin}), {summary['ap50']:.2f} % after; AP "
             f"{summary['ap']:.2f} %, VOC07-style {summary['voc07']:.2f} %",
-            f"run folder {self.run.path}, with curves.png; see it at work: python train/predict.py "
-            f"{self.run.path}/last IMAGE... --out FOLDER",
+            self.how_to_use(),
         ]
 
     def more_summary(self) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from sources import DataError
 
 Key = tuple[int, int]  # epoch and row
 Sample = tuple[Any, ...]
+Collate = Callable[[list[Sample]], Any]
+Finish = Callable[[Any], tuple[Any, ...]]
 
 
 class KeyedExamples(Dataset):
@@ -32,6 +34,9 @@ class KeyedExamples(Dataset):
         self.rows = rows
         self.transform = transform
         self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
     def __getitems__(self, keys: list[Key]) -> list[Sample | DataError]:
         """Return samples; an error is returned too, as an exception loses its words on the way."""
@@ -61,7 +66,6 @@ class KeyedBatches:
         examples: The training split's.
         collate: Makes a batch of samples.
         finish: Moves a batch to its device, as the trainer takes it.
-        count: Examples of the split.
         batch_size: Examples a step over all processes.
         seed: The recipe's seed.
         share: This process's part.
@@ -76,23 +80,22 @@ class KeyedBatches:
     def __init__(
         self,
         examples: KeyedExamples,
-        collate: Callable[[list[Sample]], Any],
-        finish: Callable[[Any], tuple[Any, ...]],
+        collate: Collate,
+        finish: Finish,
         *,
-        count: int,
         batch_size: int,
         seed: int,
         share: Share,
         workers: int,
         pin: bool,
     ) -> None:
-        self.count = count
-        if count < batch_size:
+        self.count = len(examples)
+        if self.count < batch_size:
             raise DataError(
-                f"the training split has {count} images, fewer than batch_size={batch_size}"
+                f"the training split has {self.count} images, fewer than batch_size={batch_size}"
             )
         self.finish = finish
-        self.order = _Order(count, batch_size, seed, share)
+        self.order = _Order(self.count, batch_size, seed, share)
         self.loader = build_loader(examples, collate, workers, pin=pin, batch_sampler=self.order)
 
     def __len__(self) -> int:
@@ -112,7 +115,6 @@ class KeyedEval:
         examples: The split's.
         collate: Makes a batch of samples.
         finish: Moves a batch to its device, as the trainer takes it.
-        count: Examples of the split.
         batch_size: Examples a step over all processes.
         share: This process's part.
         workers: Processes that read and transform; 0 does it in this one.
@@ -122,19 +124,18 @@ class KeyedEval:
     def __init__(
         self,
         examples: KeyedExamples,
-        collate: Callable[[list[Sample]], Any],
-        finish: Callable[[Any], tuple[Any, ...]],
+        collate: Collate,
+        finish: Finish,
         *,
-        count: int,
         batch_size: int,
         share: Share,
         workers: int,
         pin: bool,
     ) -> None:
-        self.count: int | None = count
+        self.count: int | None = len(examples)
         self.finish = finish
         step = max(1, batch_size // share.world_size)
-        keys = [(0, int(row)) for row in share.of(torch.arange(count))]
+        keys = [(0, int(row)) for row in share.of(torch.arange(len(examples)))]
         batches = [keys[i : i + step] for i in range(0, len(keys), step)]
         self.loader = build_loader(examples, collate, workers, pin=pin, batch_sampler=batches)
 
@@ -172,7 +173,7 @@ def transform_under(
 
 def build_loader(
     examples: Dataset,
-    collate: Callable[[list[Sample]], Any],
+    collate: Collate,
     workers: int,
     *,
     pin: bool,
@@ -195,7 +196,7 @@ def build_loader(
 class _Collate:
     """The first error among samples, or a batch of them; a class, for workers that are spawned."""
 
-    def __init__(self, collate: Callable[[list[Sample]], Any]) -> None:
+    def __init__(self, collate: Collate) -> None:
         self.collate = collate
 
     def __call__(self, samples: list[Sample | DataError]) -> Any:
@@ -227,9 +228,7 @@ def _end_workers() -> None:
             process.kill()
 
 
-def finished(
-    loader: Iterable[Any], finish: Callable[[Any], tuple[Any, ...]]
-) -> Iterator[tuple[Any, ...]]:
+def finished(loader: Iterable[Any], finish: Finish) -> Iterator[tuple[Any, ...]]:
     """Yield a loader's batches, finished.
 
     Raises:

@@ -60,7 +60,6 @@ class LoaderBatches(KeyedBatches):
             KeyedExamples(rows, transform, seed),
             _collate,
             _Finish(normalize),
-            count=len(rows),
             batch_size=batch_size,
             seed=seed,
             share=share,
@@ -96,7 +95,6 @@ def loader_eval(
         KeyedExamples(rows, transform, 0),
         _collate,
         _Finish(normalize),
-        count=len(rows),
         pin=normalize.device.type == "cuda",
         **options,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import MISSING, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -12,12 +12,11 @@ import torch.nn.functional as F
 from timm.data import resolve_model_data_config
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from batches import Data, EvalBatches, Normalize, Share, derive_seed
+from batches import Data, EvalBatches, Normalize, Share
 from gld_zoo.downstream import save_downstream
 from gld_zoo.segmentation import create_deeplabv3plus
-from keyed_loader import KeyedBatches, KeyedEval, KeyedExamples
-from models import ModelError
-from options import Options, option
+from keyed_loader import KeyedExamples
+from options import option
 from segmentation_data import (
     IGNORE,
     Finish,
@@ -28,39 +27,25 @@ from segmentation_data import (
     training_transform,
 )
 from sources import DataError
-from sync_batch_norm import synchronise_batch_norm
-from trainer import Trainer
+from transfer import TransferRecipe, TransferTrainer
 
 
 @dataclass(frozen=True, kw_only=True)
-class SegmentationRecipe(Options):
+class SegmentationRecipe(TransferRecipe):
     """Which segmenter learns what; the defaults are the paper's setting for VOC 2012 with SBD."""
 
-    GROUPS: ClassVar[dict[str, str]] = dict(
-        backbone="model", dataset="dataset", image_size="images", **Options.GROUPS
-    )
+    GROUPS: ClassVar[dict[str, str]] = dict(output_stride="masks", **TransferRecipe.GROUPS)
     RANGES: ClassVar[dict[str, tuple[float, float]]] = dict(
-        num_classes=(1, 255), image_size=(1, math.inf), workers=(0, math.inf), **Options.RANGES
+        num_classes=(1, 255), image_size=(1, math.inf), **TransferRecipe.RANGES
     )
 
-    backbone: str = option("gld_resnet18", "timm name, hf-hub:ORG/NAME or local-dir:PATH")
-    pretrained: bool = option(True, "start from the backbone's weights instead of random ones")
     output_stride: int = option(16, "of the backbone's deepest map, 16 or 8")
-
-    dataset: str = option(MISSING, "hub id or folder in hub layout")
-    train_split: str = option("train", "split to train on")
-    test_split: str | None = option(
-        None, "split to measure on; null takes 'test', else 'validation'"
-    )
-    image_column: str | None = option(None, "column of images; null takes the first of that type")
     mask_column: str = option("mask", "column of masks, whose values are classes; 255 is ignored")
     num_classes: int = option(21, "classes from 0, with the background where the data has one")
     label_names: list[str] = option([], "names of the classes in order; none numbers them")
-
     image_size: int = option(
         513, "side in pixels of the random training crops, and longer side of an image measured"
     )
-    workers: int = option(2, "processes that read images, for each split", decides=False)
 
     epochs: int = option(50, "passes over the training split")
     batch_size: int = option(16, "images a step, over all processes together")
@@ -87,7 +72,7 @@ class SegmentationRecipe(Options):
         return f"deeplabv3plus-{self.backbone}"
 
 
-class Segmenter(Trainer):
+class Segmenter(TransferTrainer):
     """Trains DeepLabV3+; scores are the mean IoU over classes and the pixel accuracy, in %.
 
     Images are measured whole, and their logits resized to their own mask.
@@ -100,7 +85,7 @@ class Segmenter(Trainer):
 
     def build(self, share: Share) -> tuple[Data, nn.Module, nn.Module]:
         """Return the images, the segmenter, and its logits as a module."""
-        recipe, device = self.recipe, self.accelerator.device
+        recipe = self.recipe
         if share.batch_size(recipe.batch_size) < 2:
             raise DataError(
                 f"batch_size={recipe.batch_size} leaves a process one image, and batch norm of the "
@@ -114,46 +99,18 @@ class Segmenter(Trainer):
             image_column=recipe.image_column,
             mask_column=recipe.mask_column,
         )
-        torch.manual_seed(derive_seed(recipe.seed))
-        try:
-            model: Any = create_deeplabv3plus(
-                recipe.backbone,
-                recipe.num_classes,
-                recipe.output_stride,
-                pretrained_backbone=recipe.pretrained,
-            )
-        except ValueError as error:
-            raise ModelError(str(error)) from error
-        model.to(device, memory_format=torch.channels_last)
-        if recipe.sync_batch_norm and self.accelerator.num_processes > 1:
-            model = synchronise_batch_norm(model, device)
+        model = self.create(create_deeplabv3plus, recipe.num_classes, recipe.output_stride)
         config = resolve_model_data_config(model.backbone)
-        finish = Finish(Normalize(config["mean"], config["std"], device))
-        options: dict[str, Any] = dict(
-            share=share, workers=recipe.workers, pin=device.type == "cuda"
-        )
-        train = KeyedBatches(
-            KeyedExamples(
-                self.source.train,
-                training_transform(recipe.image_size, config["mean"]),
-                recipe.seed,
-            ),
+        augmented = training_transform(recipe.image_size, config["mean"])
+        data = self.read(
+            share,
+            Finish(Normalize(config["mean"], config["std"], self.accelerator.device)),
+            KeyedExamples(self.source.train, augmented, recipe.seed),
             stack,
-            finish,
-            count=len(self.source.train),
-            batch_size=recipe.batch_size,
-            seed=recipe.seed,
-            **options,
-        )
-        test = KeyedEval(
             KeyedExamples(self.source.test, MeasuringTransform(recipe.image_size), 0),
             listed,
-            finish,
-            count=len(self.source.test),
-            batch_size=recipe.eval_batch_size,
-            **options,
         )
-        return Data(train, test), model, Logits(model)
+        return data, model, Logits(model)
 
     def forward(
         self, images: torch.Tensor, masks: torch.Tensor
@@ -193,17 +150,12 @@ class Segmenter(Trainer):
         """Return the segmenter's name."""
         return f"DeepLabV3+ on {self.recipe.backbone}"
 
-    def describe_origin(self) -> str:
-        """Return which weights it starts from."""
-        return "pretrained backbone" if self.recipe.pretrained else "random weights"
-
     def conclusion(self, summary: dict[str, Any], before: float, origin: str) -> list[str]:
         """Return what the run came to, and how to use the segmenter."""
         return [
             f"mIoU {before:.2f} % before ({origin}), {summary['miou']:.2f} % after; pixel accuracy "
             f"{summary['accuracy']:.2f} %",
-            f"run folder {self.run.path}, with curves.png; see it at work: python train/predict.py "
-            f"{self.run.path}/last IMAGE... --out FOLDER",
+            self.how_to_use(),
         ]
 
     def more_summary(self) -> dict[str, Any]:

@@ -1,0 +1,111 @@
+"""What training a detector and a segmenter have in common: a backbone put to work elsewhere."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn as nn
+
+from batches import Data, Share, derive_seed
+from keyed_loader import Collate, Finish, KeyedBatches, KeyedEval, KeyedExamples
+from models import ModelError
+from options import Options, option
+from sync_batch_norm import synchronise_batch_norm
+from trainer import Trainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferRecipe(Options):
+    """Which backbone is put to work on what."""
+
+    GROUPS: ClassVar[dict[str, str]] = dict(backbone="model and dataset", **Options.GROUPS)
+    RANGES: ClassVar[dict[str, tuple[float, float]]] = dict(workers=(0, math.inf), **Options.RANGES)
+
+    backbone: str = option("gld_resnet18", "timm name, hf-hub:ORG/NAME or local-dir:PATH")
+    pretrained: bool = option(True, "start from the backbone's weights instead of random ones")
+    dataset: str = option(MISSING, "hub id or folder in hub layout")
+    train_split: str = option("train", "split to train on")
+    test_split: str | None = option(
+        None, "split to measure on; null takes 'test', else 'validation'"
+    )
+    image_column: str | None = option(None, "column of images; null takes the first of that type")
+    workers: int = option(2, "processes that read images, for each split", decides=False)
+
+
+class TransferTrainer(Trainer):
+    """Trains a model built on a timm backbone; arguments and errors are the `Trainer`'s."""
+
+    recipe: TransferRecipe
+
+    def create(self, factory: Callable[..., nn.Module], *arguments: Any) -> Any:
+        """Return a model on its device, its random weights drawn by the recipe's seed.
+
+        Args:
+            factory: Takes the backbone's name, `arguments`, and `pretrained_backbone`.
+            *arguments: Those between.
+
+        Raises:
+            ModelError: If the factory refuses.
+        """
+        recipe, device = self.recipe, self.accelerator.device
+        torch.manual_seed(derive_seed(recipe.seed))
+        try:
+            model = factory(recipe.backbone, *arguments, pretrained_backbone=recipe.pretrained)
+        except ValueError as error:
+            raise ModelError(str(error)) from error
+        model.to(device)
+        model.to(memory_format=torch.channels_last)
+        if recipe.sync_batch_norm and self.accelerator.num_processes > 1:
+            model = synchronise_batch_norm(model, device)
+        return model
+
+    def read(
+        self,
+        share: Share,
+        finish: Finish,
+        train: KeyedExamples,
+        stack: Collate,
+        test: KeyedExamples,
+        gather: Collate,
+    ) -> Data:
+        """Return batches of examples.
+
+        Args:
+            share: This process's part.
+            finish: Moves a batch to its device.
+            train: Examples to train on.
+            stack: Makes a batch of them.
+            test: Examples to measure on.
+            gather: Makes a batch of those.
+
+        Raises:
+            DataError: If they do not fit the recipe.
+        """
+        recipe = self.recipe
+        share.batch_size(recipe.batch_size)
+        options: dict[str, Any] = dict(
+            share=share,
+            workers=recipe.workers,
+            pin=self.accelerator.device.type == "cuda",
+        )
+        return Data(
+            KeyedBatches(
+                train, stack, finish, batch_size=recipe.batch_size, seed=recipe.seed, **options
+            ),
+            KeyedEval(test, gather, finish, batch_size=recipe.eval_batch_size, **options),
+        )
+
+    def describe_origin(self) -> str:
+        """Return which weights it starts from."""
+        return "pretrained backbone" if self.recipe.pretrained else "random weights"
+
+    def how_to_use(self) -> str:
+        """Return how to see the finished model at work."""
+        return (
+            f"run folder {self.run.path}, with curves.png; see it at work: python train/predict.py "
+            f"{self.run.path}/last IMAGE... --out FOLDER"
+        )
