@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
 
 CIFAR100 = "uoft-cs/cifar100"
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 CIFAR100_USE = (
     "Not for decisions about people, nor for images unlike CIFAR-100's: 100 everyday classes, one "
     "centred object, 32 x 32 pixels."
@@ -59,8 +60,11 @@ def save_pretrained(
         The folder.
 
     Raises:
-        ValueError: If the number of names is not the model's number of classes; nothing is written.
+        ValueError: If the model is not timm's, or the number of names not its number of classes;
+            nothing is written.
     """
+    if not hasattr(model, "pretrained_cfg"):
+        raise ValueError(f"{type(model).__name__} is not a timm model: it has no pretrained_cfg")
     if label_names is not None and len(label_names) != model.num_classes:
         raise ValueError(
             f"{len(label_names)} label_names for a model of {model.num_classes} classes"
@@ -208,12 +212,12 @@ def model_card(model: Any, results: dict[str, Any], repo_id: str) -> ModelCard:
     teacher = teacher["name"] if isinstance(teacher, dict) else teacher
     dataset = results.get("dataset", "cifar100")
     is_cifar100 = dataset in ("cifar100", CIFAR100)
-    hub_id = CIFAR100 if is_cifar100 else dataset if "/" in dataset else None
+    hub_id = CIFAR100 if is_cifar100 else dataset if HUB_ID.fullmatch(dataset) else None
     title = "CIFAR-100" if is_cifar100 else dataset
     licence, files = results.get("license", "apache-2.0"), results.get("files", [])
     measured: dict[str, Any] = dict(
         task_type="image-classification",
-        dataset_type=hub_id or re.sub(r"[^\w.-]+", "-", dataset),
+        dataset_type=hub_id or re.sub(r"[^\w.-]+", "-", dataset, flags=re.ASCII),
         dataset_name=title,
         dataset_split="test",
     )

@@ -94,6 +94,30 @@ def test_names_that_are_not_there_are_refused(tmp_path):
         create_model("hf-hub:someone/none", pretrained=True)  # the tests are offline
 
 
+def test_a_model_that_is_not_timms_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="Linear is not a timm model"):
+        save_pretrained(torch.nn.Linear(2, 2), tmp_path / "hub")
+    assert not (tmp_path / "hub").exists()
+
+
+@pytest.mark.parametrize(
+    ("dataset", "hub_id", "kind"),
+    [
+        ("cifar100", "uoft-cs/cifar100", "uoft-cs/cifar100"),
+        ("someone/pets", "someone/pets", "someone/pets"),
+        ("my pets", None, "my-pets"),
+        ("my pets/ü", None, "my-pets-"),
+    ],
+)
+def test_a_card_links_to_datasets_of_the_hub_alone(dataset, hub_id, kind):
+    run = dict(seed=0, commit=None, top1=1.0, top5=2.0, best_epoch=1, best_epoch_top1=1.0)
+    results = dict(teacher=None, parameters=1, recipe="r", changes={}, precision="no")
+    results.update(hardware="cpu", sha256="x", dataset=dataset, runs=[run])
+    card = hub.model_card(timm.create_model("gld_resnet20"), results, "org/name")
+    assert card.data.datasets == ([hub_id] if hub_id else None)
+    assert {result.dataset_type for result in card.data.eval_results} == {kind}
+
+
 def test_files_take_an_earlier_ones_place_whole(tmp_path, monkeypatch):
     save_pretrained(timm.create_model("gld_resnet20", num_classes=5), tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}

@@ -10,6 +10,7 @@ from typing import Any
 from disk import sha256
 from recipe import Recipe
 from run_folder import RunError
+from sources import CHECKOUT
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class FinishedRun:
     def dataset(self) -> str:
         """The dataset's hub id, or the name of its folder."""
         name = self.summary["dataset"]
-        return Path(name).name if Path(name).is_absolute() or Path(name).is_dir() else name
+        local = Path(name).is_absolute() or any((at / name).is_dir() for at in (Path(), CHECKOUT))
+        return Path(name).name if local else name
 
     def portable(self) -> Recipe:
         """Return its recipe without folders of this machine: of those only the name is left."""
