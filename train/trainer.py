@@ -46,6 +46,7 @@ class Trainer(ABC):
 
     score: ClassVar[str]  # of what `measure` returns, the one to show and to select by
     score_title: ClassVar[str]
+    source: Any  # the dataset, which `build` finds; has a `name`
 
     def __init__(self, recipe: Options, run: RunFolder, accelerator: Accelerator) -> None:
         self.recipe = recipe
@@ -94,8 +95,7 @@ class Trainer(ABC):
         data = self.data
         held = f", {data.val.count:,} held out" if data.val else ""
         tests = "" if data.test.count is None else f"{data.test.count:,} "
-        name = vars(self.recipe)["dataset"]
-        return [f"{name}: {data.train.count:,} training and {tests}test images{held}"]
+        return [f"{self.source.name}: {data.train.count:,} training and {tests}test images{held}"]
 
     @abstractmethod
     def describe_model(self) -> str:
