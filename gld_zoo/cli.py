@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import glob
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -265,9 +266,14 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command; exit with 1 if an image was skipped or what was asked cannot be done."""
     options = build_parser().parse_args(arguments)
     try:
-        sys.exit(options.run(options) or 0)
+        status = options.run(options) or 0
+        sys.stdout.flush()
     except CommandError as error:
         sys.exit(f"error: {error}")
+    except BrokenPipeError:  # whoever read has had enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        status = 1
+    sys.exit(status)
 
 
 if __name__ == "__main__":

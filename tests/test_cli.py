@@ -2,6 +2,9 @@
 
 import io
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import timm
@@ -133,3 +136,13 @@ def test_the_map_is_hot_where_the_activation_is():
     hot, cold = drawn.getpixel((2 * SIDE - 30, 60)), drawn.getpixel((SIDE + 40, 300))
     assert hot[0] > cold[0] + 50
     assert cold[2] > hot[2] + 20
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes that end early are a matter of shells")
+def test_a_reader_that_has_had_enough_is_no_error():
+    command = [sys.executable, "-c", "from gld_zoo.cli import main; main(['list'])"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        error = process.stderr.read()
+    assert b"Traceback" not in error
+    assert b"BrokenPipe" not in error
