@@ -7,6 +7,7 @@ import dataclasses
 import math
 import re
 import sys
+from abc import ABC, abstractmethod
 from argparse import ArgumentError
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, TypeVar, get_type_hints
@@ -28,7 +29,7 @@ def option(default: Any, text: str, *, decides: bool = True) -> Any:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(ABC):
     """The schedule and the conduct of a run, whatever it trains."""
 
     # under which title `--help` shows the options from this one on
@@ -108,9 +109,9 @@ class Options:
             )
 
     @property
+    @abstractmethod
     def subject(self) -> str:
         """The name of the model that is trained."""
-        raise NotImplementedError
 
     def lr_at(self, epoch: float) -> float:
         """Return the learning rate after a number of epochs, which need not be whole."""
