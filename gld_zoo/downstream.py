@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.nn as nn
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from gld_zoo.hub import create_model
+from gld_zoo.hub import create_model, replacing_files, save_tensors
 
 FACTORIES = dict(create_ssd300="gld_zoo.detection", create_deeplabv3plus="gld_zoo.segmentation")
 
@@ -80,19 +77,10 @@ def save_downstream(
         The folder.
     """
     config = dict(cast(Any, model).config, label_names=label_names, image_size=image_size)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()
-    }
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as name:
-        partial = Path(name)
-        save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+    with replacing_files(Path(folder)) as partial:
+        save_tensors(model, partial)
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        shutil.copymode(partial / "config.json", partial / "model.safetensors")
-        for written in sorted(partial.iterdir()):
-            os.replace(written, folder / written.name)
-    return folder
+    return Path(folder)
 
 
 def load_downstream(folder: str | Path) -> Any:

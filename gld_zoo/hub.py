@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
-import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,25 +70,38 @@ def save_pretrained(
         raise ValueError(
             f"{len(label_names)} label_names for a model of {model.num_classes} classes"
         )
+    card = None if results is None else model_card(model, results, repo_id)
+    with replacing_files(Path(folder)) as partial:
+        save_tensors(model, partial, float16=float16)
+        _write_config(model, partial / "config.json", label_names, data_config)
+        if card is not None:
+            card.save(partial / "README.md")
+    return Path(folder)
+
+
+@contextlib.contextmanager
+def replacing_files(folder: Path) -> Iterator[Path]:
+    """Give a folder to write files in; they take their place in `folder` once all are written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as name:
+        partial = Path(name)
+        yield partial
+        for written in sorted(partial.iterdir()):
+            os.replace(written, folder / written.name)
+
+
+def save_tensors(model: nn.Module, folder: Path, *, float16: bool = False) -> None:
+    """Write `model.safetensors`, readable by whom the umask lets."""
     tensors = model.state_dict()
     if float16:
         tensors = to_float16(tensors)
     # safetensors refuses the channels-last layout
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    card = None if results is None else model_card(model, results, repo_id)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as name:
-        partial = Path(name)
-        save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
-        _write_config(model, partial / "config.json", label_names, data_config)
-        if card is not None:
-            card.save(partial / "README.md")
-        # safetensors makes its file for its owner alone, whatever the umask
-        shutil.copymode(partial / "config.json", partial / "model.safetensors")
-        for written in sorted(partial.iterdir()):
-            os.replace(written, folder / written.name)
-    return folder
+    path = folder / "model.safetensors"
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)  # safetensors makes its file for its owner alone
 
 
 def to_float16(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -12,6 +12,7 @@ from scenes import detection_rows, scene, segmentation_rows, write_detection, wr
 
 import detect
 import detector
+import export
 import predict
 import segment
 import segmenter
@@ -206,6 +207,21 @@ def test_predictions_are_drawn(runs, tmp_path, name, capsys):
     (drawn,) = out.iterdir()
     pixels = np.asarray(Image.open(drawn))
     assert (pixels[:72, :96] != image).any()
+
+
+def test_images_of_one_name_are_drawn_apart(runs, tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        Image.fromarray(scene(3)[0]).save(tmp_path / folder / "scene.png")
+    options = [runs / "segment", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "drawn"]
+    assert fails(predict, *options) == "0"
+    assert sorted(p.name for p in (tmp_path / "drawn").iterdir()) == ["scene-1.png", "scene.png"]
+
+
+def test_what_is_no_run_of_distill_is_not_exported_as_one(runs, tmp_path):
+    message = fails(export, runs / "segment", tmp_path / "out")
+    assert "holds no run of distill.py" in message
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_without_a_model_is_named(tmp_path):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import shutil
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ from disk import DiskError, replace_folder, sha256, writing
 from evaluate import evaluate, measuring_batches, predict
 from finished_run import FinishedRun
 from gld_zoo.hub import model_card, push_folder, save_pretrained
+from loaders import open_source
 from models import ModelError, create_frozen
 from onnx_files import OnnxModel, check_packages, quantize, write_onnx
 from run_folder import RunError
@@ -76,7 +78,10 @@ def export(
     model: Any = create_frozen(f"local-dir:{run / weights}", CPU)
     config, names = resolve_model_data_config(model), model.pretrained_cfg["label_names"]
     as_trained = weights == "last" and not float16
-    source = None if as_trained and not int8 else _open_source(finished, dataset)
+    source = None
+    if not as_trained or int8:
+        place = dataset or finished.summary["dataset"]
+        source = open_source(replace(finished.recipe, dataset=place, streaming=False))
     with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as temporary:
@@ -115,17 +120,6 @@ def export(
             model_card(model, entry, repo_id).save(partial / "README.md")
             replace_folder(partial, folder)
     return top1
-
-
-def _open_source(finished: FinishedRun, dataset: str | None) -> ImageSource:
-    recipe = finished.recipe
-    return ImageSource(
-        dataset or finished.summary["dataset"],
-        train_split=recipe.train_split,
-        test_split=recipe.test_split,
-        image_column=recipe.image_column,
-        label_column=recipe.label_column,
-    )
 
 
 def _write_int8(folder: Path, config: dict[str, Any], source: ImageSource) -> float:

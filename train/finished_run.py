@@ -27,18 +27,22 @@ class FinishedRun:
         """Read a folder.
 
         Raises:
-            RunError: If it holds no finished run, or one of an old version.
+            RunError: If it holds no finished run, one of another trainer, or one of an old version.
         """
         if not (path / "summary.json").is_file():
             raise RunError(f"{path} holds no finished run; go on with one by --resume")
+        environment = json.loads((path / "env.json").read_text(encoding="utf-8"))
+        try:
+            recipe = Recipe.load(path / "recipe.yaml")
+        except ValueError as error:
+            raise RunError(f"{path} holds no run of distill.py: {error}") from error
         summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
         if "teacher" not in summary:
             raise RunError(
                 f"{path} was finished by a version that did not record its teacher; delete its "
                 "summary.json and resume it"
             )
-        environment = json.loads((path / "env.json").read_text(encoding="utf-8"))
-        return cls(path, Recipe.load(path / "recipe.yaml"), summary, environment)
+        return cls(path, recipe, summary, environment)
 
     @property
     def dataset(self) -> str:

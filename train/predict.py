@@ -9,6 +9,7 @@ Boxes carry their class and confidence; masks are coloured by class, their names
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,7 @@ def cli(arguments: list[str] | None = None) -> None:
     try:
         model = load_downstream(last if last.is_dir() else options.model)
         failed: list[Path] = []
+        used: Counter[str] = Counter()
         for path, image in read_images(options.images, failed):
             pixels = v2.functional.pil_to_tensor(image)
             if isinstance(model, SSD):
@@ -124,7 +126,10 @@ def cli(arguments: list[str] | None = None) -> None:
                 drawn, found = draw_mask(
                     model, pixels, options.image_size or model.config["image_size"]
                 )
-            target = options.out / f"{path.stem}.png"
+            # photos of one name in two folders are two drawings
+            name = path.stem + (f"-{used[path.stem]}" if used[path.stem] else "")
+            used[path.stem] += 1
+            target = options.out / f"{name}.png"
             with writing(target):
                 options.out.mkdir(parents=True, exist_ok=True)
                 v2.functional.to_pil_image(drawn).save(target)
