@@ -60,6 +60,27 @@ def test_plain_integers_are_numbered(tmp_path):
     assert first(found)[1]["iscrowd"].tolist() == [0, 0]
 
 
+def test_a_list_of_objects_and_none_at_all(tmp_path):
+    each = dict(bbox=List(Value("float32")), category=Value("int64"), difficult=Value("bool"))
+    features = Features(image=Image(), objects=List(each))
+    objects = [
+        dict(bbox=box, category=category, difficult=flag)
+        for box, category, flag in zip(BOXES, CATEGORIES, (True, None), strict=True)
+    ]
+    columns = dict(image=[png(IMAGE)] * 3, objects=[objects, None, []])
+    (tmp_path / "data").mkdir()
+    for split in ("train", "validation"):
+        path = tmp_path / "data" / f"{split}-00000-of-00001.parquet"
+        Dataset.from_dict(columns, features=features).to_parquet(str(path))
+    found = DetectionSource(str(tmp_path))
+    assert found.train.check() == 2
+    assert first(found)[1]["boxes"].tolist() == BOXES
+    assert first(found)[1]["iscrowd"].tolist() == [1, 0]
+    for row in (1, 2):
+        _, target = found.train.example(row, found.train.table[row])
+        assert target["boxes"].shape == (0, 4)
+
+
 @pytest.mark.parametrize("boxes", [[], [[5.0, 5.0, 5.0, 20.0]], [[200.0, 5.0, 220.0, 20.0]]])
 def test_no_box_one_without_area_and_one_outside_leave_an_image_without(tmp_path, boxes):
     found = source(tmp_path, [(IMAGE, boxes, [1] * len(boxes), [0] * len(boxes))])
@@ -86,6 +107,7 @@ def test_a_box_partly_outside_is_cut(tmp_path):
         ([[0.0, 0.0, 9.0]], [1], r"row 1 of .* each needs four"),
         ([[0.0, 0.0, 9.0, 9.0]], [1, 2], r"row 1 of .* 1 boxes of .* for 2 categories"),
         ([[0.0, 0.0, float("nan"), 9.0]], [1], r"row 1 of .* not finite"),
+        ([[0.0, None, 9.0, 9.0]], [1], r"row 1 of .* not finite"),
     ],
 )
 def test_boxes_that_cannot_be_meant_are_refused(tmp_path, boxes, categories, message):

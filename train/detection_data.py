@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,7 +21,8 @@ class DetectionSource:
     """A dataset in hub layout with a column of boxes: found, no image decoded yet.
 
     The column holds for each image `bbox`, lists of four numbers in pixels, and `category`, class
-    indices from 0; `difficult` (0 or 1) may be there.
+    indices from 0; `difficult` (0 or 1) may be there. It is a dict of lists or a list of dicts; an
+    image where it is null has no boxes.
 
     Args:
         name: Hub id or folder in hub layout.
@@ -78,8 +80,17 @@ def _label_names(name: str, features: Any, column: str, table: Any) -> list[str]
     names = getattr(getattr(category, "feature", category), "names", None)
     if names is not None:
         return list(names)
-    largest = max((max(row["category"], default=-1) for row in table[column]), default=-1)
-    return [str(i) for i in range(largest + 1)]
+    used = {category for row in table[column] for category in as_lists(row)["category"]}
+    return [str(i) for i in range(max(used - {None}, default=-1) + 1)]
+
+
+def as_lists(objects: Any) -> dict[str, list[Any]]:
+    """Return a row's objects as a dict of lists, which may hold a list of dicts or nothing."""
+    if not objects:
+        return dict(bbox=[], category=[])
+    if isinstance(objects, dict):
+        return objects
+    return {key: [one[key] for one in objects] for key in objects[0]}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,15 +105,15 @@ class DetectionRows(ImageRows):
         """Look at all boxes, without their images; return how many there are.
 
         Raises:
-            DataError: If a category is out of range, or a box is not four finite numbers; it names
-                the first such row.
+            DataError: If a category is out of range, a box is not four finite numbers, or there are
+                not as many of each; it names the first such row.
         """
         return sum(
-            len(self.boxes(row, objects)[1])
+            len(self.boxes(row, as_lists(objects))[1])
             for row, objects in enumerate(self.table[self.objects_column])
         )
 
-    def boxes(self, row: int, objects: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    def boxes(self, row: int, objects: dict[str, list[Any]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return a row's corners x1, y1, x2, y2 `[N, 4]` and its classes `[N]` from 0.
 
         Raises:
@@ -115,12 +126,20 @@ class DetectionRows(ImageRows):
                     f"{self.place(row)} has a box of category {category}, outside 0 to "
                     f"{self.classes - 1}; correct it or remove the box"
                 )
-        if any(len(box) != 4 for box in listed) or len(listed) != len(categories):
+        lengths = {len(box or ()) for box in listed}
+        if lengths - {4} or len(listed) != len(categories):
             raise DataError(
-                f"{self.place(row)} has {len(listed)} boxes of {sorted({len(b) for b in listed})} "
-                f"numbers for {len(categories)} categories; each needs four"
+                f"{self.place(row)} has {len(listed)} boxes of {sorted(lengths)} numbers for "
+                f"{len(categories)} categories; each needs four"
             )
-        boxes = torch.tensor(listed, dtype=torch.float32).reshape(-1, 4)
+        difficult = objects.get("difficult") or categories
+        if len(difficult) != len(categories):
+            raise DataError(
+                f"{self.place(row)} has {len(difficult)} values of difficult for {len(categories)} "
+                "boxes; each needs one"
+            )
+        numbers = [math.nan if value is None else value for box in listed for value in box]
+        boxes = torch.tensor(numbers, dtype=torch.float32).reshape(-1, 4)
         if not boxes.isfinite().all():
             raise DataError(f"{self.place(row)} has a box that is not finite: {boxes.tolist()}")
         if self.bbox_format == "xywh":
@@ -136,7 +155,7 @@ class DetectionRows(ImageRows):
             DataError: If the image cannot be read, or as `check`.
         """
         image = v2.functional.pil_to_tensor(self.read(item[self.image_column], self.place(row)))
-        objects = item[self.objects_column]
+        objects = as_lists(item[self.objects_column])
         boxes, categories = self.boxes(row, objects)
         difficult = objects.get("difficult") or [0] * len(categories)
         target = dict(
@@ -144,7 +163,7 @@ class DetectionRows(ImageRows):
                 boxes, format="XYXY", canvas_size=tuple(image.shape[-2:])
             ),
             labels=categories + 1,
-            iscrowd=torch.tensor([int(flag) for flag in difficult], dtype=torch.int64),
+            iscrowd=torch.tensor([int(flag or 0) for flag in difficult], dtype=torch.int64),
         )
         return tv_tensors.Image(image), target
 
