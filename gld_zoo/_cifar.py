@@ -5,7 +5,6 @@ asks of a model beyond that (features, pruning, classifier reset, checkpointing)
 lives here.
 """
 
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -15,17 +14,15 @@ from timm.layers import create_classifier, get_device_dtype
 from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 
+from gld_zoo._weights import embedded
 from gld_zoo.heads import LocalLogits
 
 CIFAR100_MEAN = (0.5071, 0.4865, 0.4409)
 CIFAR100_STD = (0.2673, 0.2564, 0.2762)
 
-WEIGHTS = Path(__file__).parent / "weights"
-
 
 def cifar_cfg(weights: str = "", **kwargs: Any) -> dict[str, Any]:
     """Return a timm pretrained cfg for CIFAR-100, with the file of `weights` (arch.tag) if any."""
-    file = dict(file=str(WEIGHTS / f"{weights}.safetensors")) if weights else {}
     return dict(
         num_classes=100,
         input_size=(3, 32, 32),
@@ -37,7 +34,7 @@ def cifar_cfg(weights: str = "", **kwargs: Any) -> dict[str, Any]:
         first_conv="stem.conv",
         classifier="fc",
         license="apache-2.0",
-        **file,
+        **embedded(weights),
         **kwargs,
     )
 

@@ -11,6 +11,7 @@ from typing import Any
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, ResNet
 
+from gld_zoo._weights import embedded
 from gld_zoo.heads import LocalLogits
 
 __all__ = ["GLDResNet"]
@@ -27,8 +28,8 @@ def _create_gld_resnet(variant: str, pretrained: bool = False, **kwargs: Any) ->
     return build_model_with_cfg(GLDResNet, variant, pretrained, **dict(model_args, **kwargs))
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return dict(
+def _cfg(weights: str = "", **kwargs: Any) -> dict[str, Any]:
+    cfg = dict(
         num_classes=1000,
         input_size=(3, 224, 224),
         pool_size=(7, 7),
@@ -38,8 +39,14 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
         classifier="fc",
         license="apache-2.0",
         paper_ids="arXiv:1512.03385",
-        **kwargs,
     )
+    return dict(cfg, **embedded(weights), **kwargs)
+
+
+def _cifar100_cfg(weights: str) -> dict[str, Any]:
+    # CIFAR-100 resized to 64 x 64, with ImageNet's mean and deviation
+    sizes = dict(input_size=(3, 64, 64), pool_size=(2, 2), crop_pct=1.0)
+    return _cfg(weights, num_classes=100, **sizes)
 
 
 default_cfgs = generate_default_cfgs(
