@@ -51,7 +51,7 @@ def _cifar100_cfg(weights: str) -> dict[str, Any]:
 
 default_cfgs = generate_default_cfgs(
     {
-        "gld_resnet18.untrained": _cfg(),
+        "gld_resnet18.r34_cifar100": _cifar100_cfg("gld_resnet18.r34_cifar100"),
         "gld_resnet34.untrained": _cfg(),
     }
 )
@@ -59,7 +59,7 @@ default_cfgs = generate_default_cfgs(
 
 @register_model
 def gld_resnet18(pretrained: bool = False, **kwargs: Any) -> GLDResNet:
-    """Build ResNet-18, 11.7M parameters with 1000 classes; the paper's larger student."""
+    """Build ResNet-18, 11.2M parameters with 100 classes; the paper's larger student."""
     return _create_gld_resnet(
         "gld_resnet18", pretrained, **dict(dict(layers=(2, 2, 2, 2)), **kwargs)
     )

@@ -54,7 +54,8 @@ def test_every_weight_has_an_entry_a_file_of_that_hash_and_a_log_that_ends_there
         lines = (PACKAGE / "weights" / f"{name}.metrics.jsonl").read_text().splitlines()
         log = [json.loads(line) for line in lines]
         assert len(log) == entry["epochs"]
-        assert log[-1]["test_top1"] == pytest.approx(entry["runs"][0]["top1"])
+        # the log is of the model as trained; the file may be in float16
+        assert log[-1]["test_top1"] == pytest.approx(entry["runs"][0]["top1"], abs=0.05)
         assert entry["test_images"] == 10_000
         assert (CHECKOUT / "train" / "recipes" / f"{entry['recipe']}.yaml").is_file()
         assert entry["runs"][0]["commit"]
