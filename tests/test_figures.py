@@ -85,3 +85,38 @@ def test_components_without_their_runs_say_what_to_record(tmp_path, monkeypatch)
         figures.components(tmp_path / "bars.png")
     assert "record their runs by train/release.py" in str(stop.value.code)
     assert not (tmp_path / "bars.png").exists()
+
+
+def test_curves_are_the_lines_that_runs_wrote(tmp_path, monkeypatch):
+    measured = dict(slow=[1.0, 2.5], fast=[4.0, 8.25])
+    for label, values in measured.items():
+        (tmp_path / label).mkdir()
+        (tmp_path / label / "metrics.jsonl").write_text(
+            "".join(
+                json.dumps(dict(epoch=epoch, test_miou=value)) + "\n"
+                for epoch, value in enumerate(values, start=1)
+            )
+        )
+    drawn = {}
+    plot = figures.plt.Axes.plot
+
+    def watched(self, x, y, **options):
+        drawn[options["label"]] = (x, y)
+        return plot(self, x, y, **options)
+
+    monkeypatch.setattr(figures.plt.Axes, "plot", watched)
+    runs = {label: tmp_path / label for label in measured}
+    figures.curves(runs, ["test_miou"], tmp_path / "curves.png")
+    assert drawn == {"slow: 2.50": ([1, 2], [1.0, 2.5]), "fast: 8.25": ([1, 2], [4.0, 8.25])}
+    assert_picture(tmp_path / "curves.png")
+
+
+def test_curves_of_what_was_not_measured_say_what_was(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"epoch": 1, "test_miou": 3.0}\n')
+    with pytest.raises(SystemExit) as stop:
+        figures.curves(dict(x=tmp_path), ["test_top1"], tmp_path / "curves.png")
+    assert "has no 'test_top1'; it has epoch, test_miou" in str(stop.value.code)
+    with pytest.raises(SystemExit) as stop:
+        figures.curves(dict(x=tmp_path / "none"), ["test_top1"], tmp_path / "curves.png")
+    assert "none holds no run with an epoch done" in str(stop.value.code)
+    assert not (tmp_path / "curves.png").exists()

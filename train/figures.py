@@ -1,8 +1,10 @@
-"""Draw the figures of the paper's supplementary material from our own runs.
+"""Draw figures of our own runs: those of the paper's supplementary material, and curves.
 
     python train/figures.py activations --models '{global: RUN, local: RUN}' --out FILE.png
     python train/figures.py local_predictions --models '{alone: MODEL, GLD: MODEL}' --out FILE.png
     python train/figures.py components --out FILE.png
+    python train/figures.py curves --runs '{pretrained: RUN, random: RUN}' --metrics '[test_miou]' \
+        --out FILE.png
 
 A model is a timm name, hf-hub:ORG/NAME, local-dir:PATH or a run folder. Images are of the bundled
 test split unless another dataset is named; `components` reads gld_zoo/results.json.
@@ -148,6 +150,41 @@ def components(out: Path) -> None:
     _save(figure, out)
 
 
+def curves(runs: dict[str, Path], metrics: list[str], out: Path) -> None:
+    """Draw what runs measured epoch by epoch: a panel for each metric, in it a line for each run.
+
+    Args:
+        runs: Label and run folder.
+        metrics: Names in their metrics.jsonl, such as test_loss and test_top1.
+        out: PNG to write.
+    """
+    figure, axes = plt.subplots(
+        1, len(metrics), figsize=(4.2 * len(metrics), 3.2), layout="constrained", squeeze=False
+    )
+    for label, folder in runs.items():
+        lines = _history(folder)
+        epochs = [line["epoch"] for line in lines]
+        for ax, metric in zip(axes[0], metrics, strict=True):
+            if metric not in lines[-1]:
+                sys.exit(f"error: {folder} has no {metric!r}; it has {', '.join(lines[-1])}")
+            values = [line[metric] for line in lines]
+            ax.plot(epochs, values, marker=".", label=f"{label}: {values[-1]:.2f}")
+    for ax, metric in zip(axes[0], metrics, strict=True):
+        ax.set(title=metric, xlabel="epoch")
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=8)
+    _save(figure, out)
+
+
+def _history(folder: Path) -> list[dict[str, Any]]:
+    try:
+        text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
+    except OSError as error:
+        sys.exit(f"error: {folder} holds no run with an epoch done: {error.strerror}")
+    return [json.loads(line) for line in text.splitlines()]
+
+
 def _images(dataset: str, rows: list[int]) -> tuple[ImageSource, Split]:
     source = ImageSource(dataset)
     chosen = torch.zeros(len(source.test), dtype=torch.bool)
@@ -193,4 +230,4 @@ def _save(figure: Any, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    auto_cli([activations, local_predictions, components], as_positional=False)
+    auto_cli([activations, local_predictions, components, curves], as_positional=False)

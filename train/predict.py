@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jsonargparse import ArgumentParser
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 from PIL import Image, ImageDraw
 from timm.data import resolve_model_data_config
 from torchvision.models.detection.ssd import SSD
@@ -106,7 +106,9 @@ def cli(arguments: list[str] | None = None) -> None:
     parser.add_argument("model", type=Path, help="run folder, or a folder such as its last/")
     parser.add_argument("images", type=str, nargs="+", help="file, folder or pattern")
     parser.add_argument("--out", type=Path, required=True, help="folder for the drawings")
-    parser.add_argument("--threshold", type=float, default=0.4, help="least confidence of a box")
+    parser.add_argument(
+        "--threshold", type=ClosedUnitInterval, default=0.4, help="least confidence of a box"
+    )
     parser.add_argument(
         "--image_size",
         type=PositiveInt | None,
