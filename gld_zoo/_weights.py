@@ -1,10 +1,25 @@
-"""Where the weights that ship with the package lie."""
+"""What is common to the weights that ship: where they lie, and the classes they tell apart."""
 
 from pathlib import Path
+from typing import Any
 
 WEIGHTS = Path(__file__).parent / "weights"
+CIFAR100_LABELS = """
+apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly
+camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup
+dinosaur dolphin elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower
+leopard lion lizard lobster man maple_tree motorcycle mountain mouse mushroom oak_tree orange
+orchid otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine possum rabbit
+raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel
+streetcar sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip
+turtle wardrobe whale willow_tree wolf woman worm
+"""
 
 
-def embedded(weights: str) -> dict[str, str]:
-    """Return the timm pretrained cfg entry for the file of `weights` (arch.tag), if any."""
-    return dict(file=str(WEIGHTS / f"{weights}.safetensors")) if weights else {}
+def embedded(weights: str) -> dict[str, Any]:
+    """Return what a timm pretrained cfg holds of the file of `weights` (arch.tag), if any."""
+    if not weights:
+        return {}
+    return dict(
+        file=str(WEIGHTS / f"{weights}.safetensors"), label_names=tuple(CIFAR100_LABELS.split())
+    )

@@ -20,18 +20,19 @@ from typing import Any
 
 import timm
 import torch
-from huggingface_hub import metadata_load
-from PIL import Image, ImageOps
+from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from timm.models import get_pretrained_cfg
 
-from gld_zoo.explain import explain
+from gld_zoo.explain import explain, seen_part
 from gld_zoo.heads import global_local_logits
 from gld_zoo.hub import create_model
+from gld_zoo.images import to_rgb
 
 PACKAGE = Path(__file__).parent
 MODEL = "gld_wrn16_1"
 BATCH = 32  # images a forward pass
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
 class CommandError(ValueError):
@@ -62,21 +63,25 @@ def describe(name: str) -> str:
     Raises:
         CommandError: If the zoo does not hold it.
     """
+    results = _results()
     architecture, _, tag = name.partition(".")
     names = timm.list_models("gld_*")
     if architecture not in names:
         raise CommandError(f"{name!r} is not a model of this zoo; it holds {', '.join(names)}")
-    cfg = get_pretrained_cfg(name)
+    cfg = get_pretrained_cfg(architecture)
+    trained = results["weights"] | (results["runs"] if tag else {})
+    tags = [key for key in trained if key.split(".")[0] == architecture]
+    if tag not in ("", cfg.tag) and name not in tags:
+        raise CommandError(
+            f"{name!r} is not on record; {architecture} has {', '.join(tags) or 'no weights'}"
+        )
     lines = [
         name,
         f"  licence {cfg.license}, paper {cfg.paper_ids or '-'}, pixels {cfg.input_size}",
     ]
-    chosen = {
-        key: entry
-        for key, entry in _results()["weights"].items()
-        if key.split(".")[0] == architecture and (not tag or key == name)
-    }
-    for key, entry in chosen.items():
+    chosen = [key for key in tags if not tag or key == name]
+    for key in chosen:
+        entry = trained[key]
         run = entry["runs"][0]
         teacher = entry["teacher"]
         if isinstance(teacher, dict):
@@ -86,7 +91,7 @@ def describe(name: str) -> str:
             f"{entry.get('dataset', 'cifar100')}, epoch {entry['epochs']}",
             f"    teacher {teacher or 'none'}, recipe {entry['recipe']}, seed {run['seed']}, on "
             f"{entry['hardware']}",
-            f"    {entry['file']}, sha256 {entry['sha256']}",
+            f"    {entry['file'] or 'its weights do not ship'}, sha256 {entry['sha256']}",
         ]
     return "\n".join(lines if chosen else [*lines, "  no weights ship; train it by its recipe"])
 
@@ -106,7 +111,14 @@ class Predictor:
             self.model = create_model(name, pretrained=True).eval()
         except ValueError as error:
             raise CommandError(f"--model {name!r} cannot be created: {error}") from error
-        self.transform = create_transform(**resolve_model_data_config(self.model))
+        self.config = resolve_model_data_config(self.model)
+        channels = self.config["input_size"][0]
+        if self.model.num_classes < 1 or channels != 3:
+            raise CommandError(
+                f"--model {name!r} has {self.model.num_classes} classes and takes images of "
+                f"{channels} channels; name a classifier of colour images"
+            )
+        self.transform = create_transform(**self.config)
         self.names = class_names(self.model)
 
     @torch.no_grad()
@@ -137,25 +149,22 @@ class Predictor:
             f"{self.names[i]} {p:.0%}"
             for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)
         ]
-        return explain(image, labels, activation)
+        return explain(seen_part(image, self.config), labels, activation)
 
 
 def class_names(model: Any) -> list[str]:
-    """Return a model's class names: its cfg's, CIFAR-100's for weights that ship, or numbers."""
-    names = model.pretrained_cfg.get("label_names")
-    if names:
+    """Return a model's class names: its cfg's, or numbers."""
+    names = model.pretrained_cfg.get("label_names") or ()
+    if len(names) == model.num_classes:
         return list(names)
-    file = str(model.pretrained_cfg.get("file") or "")
-    if file.startswith(str(PACKAGE)) and model.num_classes == 100:
-        card = metadata_load(PACKAGE / "data" / "cifar100_mini" / "README.md") or {}
-        label = card["dataset_info"]["features"][1]["dtype"]["class_label"]["names"]
-        return [label[str(i)] for i in range(100)]
     return [f"class {i}" for i in range(model.num_classes)]
 
 
 def find_images(patterns: Sequence[str]) -> Iterator[Path]:
     """Yield files: those named, those in folders by suffix, those that patterns match."""
-    suffixes = set(Image.registered_extensions())
+    suffixes = {
+        suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN
+    }
     for pattern in patterns:
         if Path(pattern).is_dir():
             files = sorted(path for path in Path(pattern).rglob("*") if path.is_file())
@@ -167,19 +176,13 @@ def find_images(patterns: Sequence[str]) -> Iterator[Path]:
 
 
 def read_image(path: Path) -> Image.Image:
-    """Read an image upright, as RGB; transparent parts become white.
+    """Read an image as RGB.
 
     Raises:
-        OSError: If it cannot be read.
+        UNREADABLE: If it cannot be read.
     """
-    with Image.open(path) as opened:
-        image = ImageOps.exif_transpose(opened)
-        if image.mode.startswith("I;16"):
-            image = image.point(lambda value: value / 257).convert("L")
-        if "A" in image.getbands() or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+    with Image.open(path) as image:
+        return to_rgb(image)
 
 
 def read_images(patterns: Sequence[str], failed: list[Path]) -> Iterator[tuple[Path, Image.Image]]:
@@ -187,7 +190,7 @@ def read_images(patterns: Sequence[str], failed: list[Path]) -> Iterator[tuple[P
     for path in find_images(patterns):
         try:
             yield path, read_image(path)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except UNREADABLE as error:
             print(f"{path}: skipped, {error}", file=sys.stderr)
             failed.append(path)
 
@@ -215,7 +218,7 @@ def explain_image(options: argparse.Namespace) -> int:
     """Write the drawing of one image."""
     try:
         image = read_image(Path(options.image))
-    except (OSError, ValueError, SyntaxError) as error:
+    except UNREADABLE as error:
         raise CommandError(f"{options.image}: {error}") from error
     drawing = Predictor(options.model).explain(image, options.grid)
     try:

@@ -6,7 +6,7 @@ Source: Liu et al., "SSD: Single Shot MultiBox Detector", ECCV 2016; torchvision
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
@@ -68,7 +68,11 @@ def _shrink(inputs: int, hidden: int, outputs: int, *, stride: int, padding: int
 
 
 def create_ssd300(
-    backbone: str = "gld_resnet18", num_classes: int = 21, pretrained_backbone: bool = True
+    backbone: str = "gld_resnet18",
+    num_classes: int = 21,
+    pretrained_backbone: bool = True,
+    *,
+    backbone_options: dict[str, Any] | None = None,
 ) -> SSD:
     """Build SSD300: torchvision's `SSD`, with its inputs, outputs and losses.
 
@@ -81,13 +85,16 @@ def create_ssd300(
         backbone: Any timm model with maps at strides 8, 16 and 32.
         num_classes: With the background, which is class 0.
         pretrained_backbone: Load the backbone's weights.
+        backbone_options: For `timm.create_model`.
 
     Raises:
         ValueError: If the backbone cannot be had or does not have such maps.
     """
     if num_classes < 2:
         raise ValueError(f"num_classes={num_classes} leaves no class beside the background")
-    body = create_backbone(backbone, STRIDES, pretrained=pretrained_backbone)
+    body, again = create_backbone(
+        backbone, STRIDES, pretrained=pretrained_backbone, **backbone_options or {}
+    )
     features = SSDFeatures(body, body.feature_info.channels())
     _check_maps(backbone, features)
     config = resolve_model_data_config(body)
@@ -106,8 +113,8 @@ def create_ssd300(
         nms_thresh=0.45,
         score_thresh=0.01,
     )
-    architecture = body.pretrained_cfg["architecture"]  # what a folder to load from must name
-    model.config = dict(factory="create_ssd300", backbone=architecture, num_classes=num_classes)
+    # what a folder to load from must hold
+    model.config = dict(factory="create_ssd300", num_classes=num_classes, **again)
     return model
 
 
@@ -162,7 +169,13 @@ class DenseSSD(nn.Module):
 @torch.no_grad()
 def _check_maps(backbone: str, features: SSDFeatures) -> None:
     features.eval()
-    maps = features(torch.zeros(1, 3, SIZE, SIZE)).values()
+    try:
+        maps = features(torch.zeros(1, 3, SIZE, SIZE)).values()
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"backbone={backbone!r} cannot take 300 x 300 images ({error}); take one of any image "
+            "size, such as gld_resnet18"
+        ) from error
     features.train()
     sides = tuple(one.shape[-1] for one in maps)
     if sides != MAPS:

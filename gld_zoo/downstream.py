@@ -11,6 +11,7 @@ import torch
 import torch.nn as nn
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from timm.models import resolve_model_input_args
 
 from gld_zoo.hub import create_model, replacing_files, save_tensors
 
@@ -18,18 +19,20 @@ FACTORIES = dict(create_ssd300="gld_zoo.detection", create_deeplabv3plus="gld_zo
 
 
 def create_backbone(
-    name: str, strides: tuple[int, ...], *, pretrained: bool, output_stride: int = 32
-) -> Any:
+    name: str, strides: tuple[int, ...], *, pretrained: bool, **options: Any
+) -> tuple[Any, dict[str, Any]]:
     """Build a timm model that returns its feature maps at some strides.
 
     Args:
         name: timm name, hf-hub:ORG/NAME or local-dir:PATH.
-        strides: Of the maps in pixels, ascending, before `output_stride` limits them.
+        strides: Of the maps in pixels, ascending, before an `output_stride` limits them.
         pretrained: Load the name's weights.
-        output_stride: Stride of the deepest map; below 32 the last stages are dilated instead.
+        **options: As for `timm.create_model`; with `output_stride`, the stride of the deepest map,
+            the last stages are dilated instead.
 
     Returns:
-        timm's feature model: images `[B, 3, H, W]` to a list of maps, with `feature_info`.
+        timm's feature model: images `[B, 3, H, W]` to a list of maps, with `feature_info`. And the
+        `backbone` and `backbone_options` that make it again, with the same normalisation.
 
     Raises:
         ValueError: If the name, or its weights, cannot be had, or a stride is not among its maps'.
@@ -45,19 +48,22 @@ def create_backbone(
             f"backbone={name!r} has maps at strides {known}, not at {missing}; take one for larger "
             "images, such as gld_resnet18"
         )
-    options: dict[str, Any] = dict(output_stride=output_stride) if output_stride != 32 else {}
     indices = tuple(known.index(stride) for stride in strides)
     try:
-        return create_model(
+        body = create_model(
             name, pretrained=pretrained, features_only=True, out_indices=indices, **options
         )
-    except TypeError as error:  # an architecture that does not know the option
-        raise ValueError(
-            f"backbone={name!r} cannot be dilated to output_stride={output_stride}: {error}"
-        ) from error
+    except TypeError as error:  # an architecture that does not know an option
+        named = ", ".join(f"{key}={value!r}" for key, value in options.items())
+        raise ValueError(f"backbone={name!r} does not take {named}: {error}") from error
     except ValueError as error:
         remedy = "; pass pretrained_backbone=False for random weights" if pretrained else ""
         raise ValueError(f"backbone={name!r} cannot be created: {error}{remedy}") from error
+    cfg = body.pretrained_cfg
+    again = dict(resolve_model_input_args(name).get("pretrained_model_args", {}))  # a hub folder's
+    again.update((key, value) for key, value in options.items() if key != "output_stride")
+    again.update(pretrained_cfg_overlay={key: list(cfg[key]) for key in ("mean", "std")})
+    return body, dict(backbone=cfg["architecture"], backbone_options=again)
 
 
 def save_downstream(
@@ -75,8 +81,17 @@ def save_downstream(
 
     Returns:
         The folder.
+
+    Raises:
+        ValueError: If the number of names is not that of the classes; nothing is written.
     """
     config = dict(cast(Any, model).config, label_names=label_names, image_size=image_size)
+    classes = config["num_classes"] - (config["factory"] == "create_ssd300")
+    if len(label_names) != classes:
+        raise ValueError(
+            f"{len(label_names)} label_names for a model of {classes} classes; a detector's are "
+            "without the background"
+        )
     with replacing_files(Path(folder)) as partial:
         save_tensors(model, partial)
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -18,7 +20,7 @@ def explain(image: Image.Image, labels: Sequence[str], activation: torch.Tensor)
     """Draw an image with its cells' labels, beside the activation map over it.
 
     Args:
-        image: RGB.
+        image: RGB, the part of it that the model saw.
         labels: 1 + grid² texts: of the whole image, then of the cells row by row.
         activation: `[H, W]`, scaled from its smallest value to its largest.
 
@@ -27,7 +29,7 @@ def explain(image: Image.Image, labels: Sequence[str], activation: torch.Tensor)
     """
     grid = round((len(labels) - 1) ** 0.5)
     picture = Image.new("RGB", (2 * SIDE, SIDE + HEAD), "white")
-    square = _square(image)
+    square = image.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
     white, grey = Image.new("RGB", square.size, "white"), square.convert("L").convert("RGB")
     picture.paste(Image.blend(square, white, 0.25), (0, HEAD))
     picture.paste(Image.blend(grey, _heat(activation), 0.6), (SIDE, HEAD))
@@ -57,12 +59,22 @@ def explain(image: Image.Image, labels: Sequence[str], activation: torch.Tensor)
     return picture
 
 
-def _square(image: Image.Image) -> Image.Image:
-    """Crop at the centre, as models see images, and enlarge."""
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    cropped = image.crop((left, top, left + side, top + side))
-    return cropped.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+def seen_part(image: Image.Image, config: dict[str, Any]) -> Image.Image:
+    """Return the part of an image that timm's transform for measuring keeps, at its own scale.
+
+    Args:
+        image: Of any size.
+        config: timm's data config: `input_size`, `crop_pct` and `crop_mode` count.
+    """
+    kept = [config["input_size"][2], config["input_size"][1]]  # width and height
+    resized = [math.floor(side / config["crop_pct"]) for side in kept]
+    scales = [new / old for new, old in zip(resized, image.size, strict=True)]
+    mode = config.get("crop_mode", "center")
+    if mode != "squash":
+        scales = [min(scales) if mode == "border" else max(scales)] * 2
+    width, height = (side / scale for side, scale in zip(kept, scales, strict=True))
+    left, top = (image.width - width) / 2, (image.height - height) / 2
+    return image.crop((round(left), round(top), round(left + width), round(top + height)))
 
 
 def _heat(activation: torch.Tensor) -> Image.Image:

@@ -18,6 +18,7 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from timm.models import parse_model_name
 from timm.models._hub import save_config_for_hf
 
 CIFAR100 = "uoft-cs/cifar100"
@@ -61,8 +62,8 @@ def save_pretrained(
         The folder.
 
     Raises:
-        ValueError: If the model is not timm's, or the number of names not its number of classes;
-            nothing is written.
+        ValueError: If the model is not timm's, the number of names not its number of classes, or
+            something is missing in `results`; nothing is written.
     """
     if not hasattr(model, "pretrained_cfg"):
         raise ValueError(f"{type(model).__name__} is not a timm model: it has no pretrained_cfg")
@@ -73,7 +74,8 @@ def save_pretrained(
     card = None if results is None else model_card(model, results, repo_id)
     with replacing_files(Path(folder)) as partial:
         save_tensors(model, partial, float16=float16)
-        _write_config(model, partial / "config.json", label_names, data_config)
+        licence = (results or {}).get("license")
+        _write_config(model, partial / "config.json", label_names, data_config, licence)
         if card is not None:
             card.save(partial / "README.md")
     return Path(folder)
@@ -114,14 +116,19 @@ def _write_config(
     path: Path,
     label_names: list[str] | None,
     data_config: dict[str, Any] | None,
+    licence: str | None,
 ) -> None:
     model_config = dict(label_names=label_names) if label_names else None
     save_config_for_hf(model, str(path), model_config=model_config, data_config=data_config)
     config = json.loads(path.read_text(encoding="utf-8"))
     # timm 1.0.31 repeats num_classes there, and transformers then passes it twice and fails
     config.get("model_args", {}).pop("num_classes", None)
-    # the tag names the weights that the model began with or could have, not these
-    config.get("pretrained_cfg", {}).pop("tag", None)
+    # tag and licence are of the weights that the model began with or could have, not of these
+    cfg = config.setdefault("pretrained_cfg", {})
+    cfg.pop("tag", None)
+    cfg.pop("license", None)
+    if licence:
+        cfg["license"] = licence
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -214,21 +221,26 @@ def model_card(model: Any, results: dict[str, Any], repo_id: str) -> ModelCard:
 
     Args:
         model: A timm model.
-        results: An entry of this package's results.json, or one like it: `teacher`, `parameters`,
-            `recipe`, `changes`, `precision`, `hardware`, `sha256`, `dataset` (hub id, or any name;
-            'cifar100' without it), `runs` whose first has `seed`, `commit`, `top1`, `top5`,
-            `best_epoch` and `best_epoch_top1` (and `best_epoch_split`, 'test' without it). Optional
-            are `files`, lines about other files, and `license`, a hub identifier or None for none
-            stated; without it the package's own.
+        results: An entry of this package's results.json, or one like it: `dataset` (hub id, or any
+            name), `teacher` (its name, None for labels alone), `parameters`, `recipe`, `changes`,
+            `precision`, `hardware`, `sha256` and `runs`, whose first has `seed`, `commit`, `top1`,
+            `top5`, `best_epoch` and `best_epoch_top1` (and `best_epoch_split`, 'test' without it).
+            Optional are `license`, a hub identifier, `finetuned_from`, the name of the weights it
+            began with, and `files`, lines about other files.
         repo_id: ORG/NAME, where the model will be.
+
+    Raises:
+        ValueError: If something is missing in `results`; it names what.
     """
-    run, teacher = results["runs"][0], results["teacher"]
+    _check_results(results)
+    run, teacher, start = results["runs"][0], results["teacher"], results.get("finetuned_from")
     teacher = teacher["name"] if isinstance(teacher, dict) else teacher
-    dataset = results.get("dataset", "cifar100")
+    dataset = results["dataset"]
     is_cifar100 = dataset in ("cifar100", CIFAR100)
     hub_id = CIFAR100 if is_cifar100 else dataset if HUB_ID.fullmatch(dataset) else None
     title = "CIFAR-100" if is_cifar100 else dataset
-    licence, files = results.get("license", "apache-2.0"), results.get("files", [])
+    licence, files = results.get("license"), results.get("files", [])
+    origin = f"distilled by GLD from `{teacher}`" if teacher else "trained on the labels alone"
     measured: dict[str, Any] = dict(
         task_type="image-classification",
         dataset_type=hub_id or re.sub(r"[^\w.-]+", "-", dataset, flags=re.ASCII),
@@ -242,7 +254,7 @@ def model_card(model: Any, results: dict[str, Any], repo_id: str) -> ModelCard:
         pipeline_tag="image-classification",
         tags=["timm", "image-classification", "knowledge-distillation"],
         datasets=[hub_id] if hub_id else None,
-        base_model=teacher.removeprefix("hf-hub:") if "hf-hub:" in str(teacher) else None,
+        base_model=[found for name in (start, teacher) if (found := _hub_id(name))] or None,
         eval_results=[
             EvalResult(metric_type="accuracy", metric_name=name, metric_value=run[key], **measured)
             for name, key in (("Top-1", "top1"), ("Top-5", "top5"))
@@ -253,7 +265,7 @@ def model_card(model: Any, results: dict[str, Any], repo_id: str) -> ModelCard:
     filled = text.format(
         repo_id=repo_id,
         architecture=model.pretrained_cfg["architecture"],
-        origin=f"distilled by GLD from `{teacher}`" if teacher else "trained on the labels alone",
+        origin=f"fine-tuned from `{start}`, {origin}" if start else origin,
         dataset=title,
         use=CIFAR100_USE if is_cifar100 else f"Not for images unlike those of {title}.",
         terms=CIFAR100_TERMS if is_cifar100 else f"The terms of {title} are in its own card.",
@@ -265,3 +277,21 @@ def model_card(model: Any, results: dict[str, Any], repo_id: str) -> ModelCard:
         results=results,
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{filled}")
+
+
+def _check_results(results: dict[str, Any]) -> None:
+    entry = ("dataset", "teacher", "parameters", "recipe", "changes", "precision", "hardware")
+    run = ("seed", "commit", "top1", "top5", "best_epoch", "best_epoch_top1")
+    missing = [key for key in (*entry, "sha256", "runs") if key not in results]
+    first = (results.get("runs") or [{}])[0]
+    missing += [f"runs[0].{key}" for key in run if key not in first]
+    if missing:
+        raise ValueError(f"results has no {', '.join(missing)}, which a card tells")
+
+
+def _hub_id(name: str | None) -> str | None:
+    """Return the hub id in a timm name that has one."""
+    if not name:
+        return None
+    source, model = parse_model_name(name)
+    return model.partition("@")[0] if source == "hf-hub" else None

@@ -72,6 +72,7 @@ def create_deeplabv3plus(
     output_stride: int = 16,
     *,
     pretrained_backbone: bool = True,
+    backbone_options: dict[str, Any] | None = None,
 ) -> DeepLabV3Plus:
     """Build DeepLabV3+: normalised images `[B, 3, H, W]` to logits `[B, num_classes, H, W]`.
 
@@ -82,6 +83,7 @@ def create_deeplabv3plus(
         num_classes: With the background, where the data has one.
         output_stride: Of the deepest map, 16 or 8; at 8 the pyramid's rates are doubled.
         pretrained_backbone: Load the backbone's weights.
+        backbone_options: For `timm.create_model`.
 
     Raises:
         ValueError: If the backbone cannot be had or cannot be dilated, or for another stride.
@@ -90,14 +92,13 @@ def create_deeplabv3plus(
         raise ValueError(f"output_stride={output_stride} is not 16 or 8")
     if num_classes < 1:
         raise ValueError(f"num_classes={num_classes} must be at least 1")
-    body = create_backbone(
-        backbone, (4, 32), pretrained=pretrained_backbone, output_stride=output_stride
-    )
+    options = dict(backbone_options or {}, output_stride=output_stride)
+    body, again = create_backbone(backbone, (4, 32), pretrained=pretrained_backbone, **options)
     model = DeepLabV3Plus(body, body.feature_info.channels(), RATES[output_stride], num_classes)
     model.config = dict(
         factory="create_deeplabv3plus",
-        backbone=body.pretrained_cfg["architecture"],
         num_classes=num_classes,
         output_stride=output_stride,
+        **again,
     )
     return model

@@ -6,14 +6,16 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import timm
 import torch
 from PIL import Image
 
-from gld_zoo.cli import class_names, main, read_image
-from gld_zoo.explain import SIDE, explain
+from gld_zoo.cli import class_names, find_images, main, read_image
+from gld_zoo.explain import SIDE, explain, seen_part
 from gld_zoo.hub import save_pretrained
+from sources import ImageRows
 
 FORMATS = ["png", "jpg", "webp", "bmp", "gif", "tif"]
 
@@ -76,6 +78,18 @@ def test_nothing_to_do_and_unknown_models_are_errors(pictures, tmp_path, capsys)
     assert "--model 'gld_resnet20' cannot be created: No pretrained weights" in message
     message = run(capsys, "info", "resnet18", code="error")
     assert "not a model of this zoo; it holds gld_resnet" in message
+    message = run(capsys, "info", "gld_wrn16_1.nope", code="error")
+    assert "'gld_wrn16_1.nope' is not on record; gld_wrn16_1 has gld_wrn16_1." in message
+
+
+@pytest.mark.parametrize(
+    ("options", "words"), [(dict(num_classes=0), "0 classes"), (dict(in_chans=1), "1 channels")]
+)
+def test_models_that_do_not_classify_colour_images_are_refused(tmp_path, options, words, capsys):
+    save_pretrained(timm.create_model("gld_resnet20", **options), tmp_path)
+    message = run(capsys, "predict", tmp_path, "--model", f"local-dir:{tmp_path}", code="error")
+    assert words in message
+    assert "name a classifier of colour images" in message
 
 
 def test_pixels_survive_every_mode(tmp_path):
@@ -94,6 +108,24 @@ def test_pixels_survive_every_mode(tmp_path):
     assert read_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
     Image.new("I;16", (8, 8), 32896).save(tmp_path / "deep.png")
     assert read_image(tmp_path / "deep.png").getpixel((0, 0)) == (128, 128, 128)
+    Image.fromarray(np.full((8, 8), 40_000, np.int32)).save(tmp_path / "deep.tif")
+    assert read_image(tmp_path / "deep.tif").getpixel((0, 0)) == (155, 155, 155)
+
+
+def test_the_trainers_read_the_same_pixels(tmp_path):
+    """A model must see in use what it saw in training."""
+    rows = ImageRows(table=None, image_column="image", where="here")
+    image = Image.new("LA", (8, 8), (90, 128))
+    image.putpixel((3, 3), (200, 0))
+    image.save(tmp_path / "x.png")
+    encoded = dict(bytes=(tmp_path / "x.png").read_bytes(), path=None)
+    assert rows.read(encoded, "x").tobytes() == read_image(tmp_path / "x.png").tobytes()
+
+
+def test_only_pictures_are_looked_for_in_folders(tmp_path):
+    for name in ("a.pdf", "b.PNG", "c.txt"):
+        (tmp_path / name).write_bytes(b"")
+    assert [path.name for path in find_images([str(tmp_path)])] == ["b.PNG"]
 
 
 def test_names_of_a_saved_model_are_its_own(tmp_path, pictures, capsys):
@@ -113,6 +145,7 @@ def test_list_and_info_tell_the_results(capsys):
     assert "gld_wrn16_1.ce_cifar100: top-1" in info
     assert "teacher gld_wrn16_2.ce_cifar100, recipe cifar100_wrn16_2_wrn16_1, seed 0" in info
     assert "no weights ship" in run(capsys, "info", "gld_resnet32")
+    assert "its weights do not ship" in run(capsys, "info", "gld_resnet18.ce_cifar100")
 
 
 def test_explain_draws_the_cells_and_the_map(pictures, tmp_path, capsys):
@@ -127,6 +160,22 @@ def test_explain_draws_the_cells_and_the_map(pictures, tmp_path, capsys):
     assert "cannot write" in message
     message = run(capsys, "explain", pictures / "1.jpg", "-o", out, "--grid", 9, code="error")
     assert "grid=9 needs a feature map" in message
+
+
+@pytest.mark.parametrize("size", [(1000, 500), (450, 800)])
+@pytest.mark.parametrize(
+    ("mode", "crop_pct"), [("center", 0.875), ("center", 1.0), ("squash", 0.8)]
+)
+def test_the_picture_is_what_the_transform_keeps(size, mode, crop_pct):
+    """Of a horizontal and a vertical gradient, the corners agree."""
+    config = dict(input_size=(3, 64, 64), crop_pct=crop_pct, crop_mode=mode)
+    axes = np.meshgrid(np.linspace(0, 255, size[0]), np.linspace(0, 255, size[1]))
+    image = Image.fromarray(np.stack([*axes, axes[0]], axis=-1).astype(np.uint8))
+    options = dict(config, mean=(0, 0, 0), std=(1, 1, 1), interpolation="bilinear")
+    expected = timm.data.create_transform(**options)(image) * 255
+    drawn = np.array(seen_part(image, config).resize((64, 64), Image.Resampling.BILINEAR))
+    difference = torch.from_numpy(drawn).permute(2, 0, 1) - expected
+    assert difference.abs().max() < 4
 
 
 def test_the_map_is_hot_where_the_activation_is():

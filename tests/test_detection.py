@@ -1,11 +1,15 @@
 """SSD300: torchvision's interface, the map sizes, the exported part, and what it refuses."""
 
+import json
+
 import pytest
+import timm
 import torch
 
 import gld_zoo
 from gld_zoo.detection import MAPS, DenseSSD, create_ssd300
 from gld_zoo.downstream import load_downstream, save_downstream
+from gld_zoo.hub import save_pretrained
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +117,33 @@ def test_a_saved_model_comes_back(model, tmp_path):
         assert torch.equal(loaded([image])[0][key], value)
 
 
+@pytest.mark.parametrize("tag", ["miil_in21k", "ra_in1k"])
+def test_a_saved_model_normalises_as_before(tmp_path, tag):
+    model = create_ssd300(f"mobilenetv3_large_100.{tag}", 3, pretrained_backbone=False)
+    loaded = load_downstream(save_downstream(model, tmp_path, label_names=["a", "b"]))
+    for name in ("image_mean", "image_std"):
+        assert getattr(loaded.transform, name) == getattr(model.transform, name)
+    assert (model.transform.image_mean == [0, 0, 0]) == (tag == "miil_in21k")
+
+
+def test_a_backbone_of_its_own_arguments_comes_back(tmp_path):
+    body = timm.create_model("gld_resnet18", stem_width=32, stem_type="deep", num_classes=3)
+    save_pretrained(body, tmp_path / "body")
+    config = json.loads((tmp_path / "body" / "config.json").read_text())
+    config["model_args"] = dict(stem_width=32, stem_type="deep")
+    (tmp_path / "body" / "config.json").write_text(json.dumps(config))
+    model = create_ssd300(f"local-dir:{tmp_path / 'body'}", 3)
+    assert torch.equal(model.backbone.body.conv1[0].weight, body.conv1[0].weight)
+    loaded = load_downstream(save_downstream(model, tmp_path / "ssd", label_names=["a", "b"]))
+    assert loaded.backbone.body.conv1[0].weight.shape == body.conv1[0].weight.shape
+
+
+def test_names_that_are_not_one_a_class_are_refused(model, tmp_path):
+    with pytest.raises(ValueError, match="5 label_names for a model of 4 classes"):
+        save_downstream(model, tmp_path / "ssd", label_names=list("abcde"))
+    assert not (tmp_path / "ssd").exists()
+
+
 def test_what_is_not_whole_is_refused(model, tmp_path):
     folder = save_downstream(model, tmp_path / "ssd", label_names=list("abcd"))
     file = folder / "model.safetensors"
@@ -131,6 +162,10 @@ def test_what_is_not_whole_is_refused(model, tmp_path):
         (dict(backbone="gld_resnet34"), "pass pretrained_backbone=False for random weights"),
         (dict(num_classes=1), "num_classes=1 leaves no class"),
         (dict(backbone="vgg11", pretrained_backbone=False), "gives maps of side"),
+        (
+            dict(backbone="efficientformerv2_s0", pretrained_backbone=False),
+            "cannot take 300 x 300 images",
+        ),
     ],
 )
 def test_mistakes_are_named(options, message):

@@ -60,6 +60,40 @@ def test_plain_integers_are_numbered(tmp_path):
     assert first(found)[1]["iscrowd"].tolist() == [0, 0]
 
 
+def write(folder, features, objects):
+    """Write rows of one image, and these objects, as both splits."""
+    columns = dict(image=[png(IMAGE)] * len(objects), objects=objects)
+    (folder / "data").mkdir()
+    for split in ("train", "validation"):
+        path = folder / "data" / f"{split}-00000-of-00001.parquet"
+        Dataset.from_dict(columns, features=features).to_parquet(str(path))
+    return str(folder)
+
+
+def test_crowds_as_coco_has_them_and_lists_that_are_null(tmp_path):
+    kinds = dict(
+        bbox=List(List(Value("float32"))),
+        category=List(Value("int64")),
+        iscrowd=List(Value("int8")),
+    )
+    rows = [
+        dict(bbox=BOXES, category=[0, 1], iscrowd=[0, 1]),
+        dict(bbox=None, category=None, iscrowd=None),
+    ]
+    found = DetectionSource(write(tmp_path, Features(image=Image(), objects=kinds), rows))
+    assert found.train.check() == 2
+    assert first(found)[1]["iscrowd"].tolist() == [0, 1]
+    assert found.train.example(1, found.train.table[1])[1]["boxes"].shape == (0, 4)
+
+
+def test_categories_that_are_words_are_refused(tmp_path):
+    kinds = dict(bbox=List(List(Value("float32"))), category=List(Value("string")))
+    rows = [dict(bbox=BOXES, category=["cat", "dog"])]
+    folder = write(tmp_path, Features(image=Image(), objects=kinds), rows)
+    with pytest.raises(DataError, match="categories of type string; they must be class indices"):
+        DetectionSource(folder)
+
+
 def test_a_list_of_objects_and_none_at_all(tmp_path):
     each = dict(bbox=List(Value("float32")), category=Value("int64"), difficult=Value("bool"))
     features = Features(image=Image(), objects=List(each))
@@ -67,12 +101,7 @@ def test_a_list_of_objects_and_none_at_all(tmp_path):
         dict(bbox=box, category=category, difficult=flag)
         for box, category, flag in zip(BOXES, CATEGORIES, (True, None), strict=True)
     ]
-    columns = dict(image=[png(IMAGE)] * 3, objects=[objects, None, []])
-    (tmp_path / "data").mkdir()
-    for split in ("train", "validation"):
-        path = tmp_path / "data" / f"{split}-00000-of-00001.parquet"
-        Dataset.from_dict(columns, features=features).to_parquet(str(path))
-    found = DetectionSource(str(tmp_path))
+    found = DetectionSource(write(tmp_path, features, [objects, None, []]))
     assert found.train.check() == 2
     assert first(found)[1]["boxes"].tolist() == BOXES
     assert first(found)[1]["iscrowd"].tolist() == [1, 0]
@@ -108,6 +137,7 @@ def test_a_box_partly_outside_is_cut(tmp_path):
         ([[0.0, 0.0, 9.0, 9.0]], [1, 2], r"row 1 of .* 1 boxes of .* for 2 categories"),
         ([[0.0, 0.0, float("nan"), 9.0]], [1], r"row 1 of .* not finite"),
         ([[0.0, None, 9.0, 9.0]], [1], r"row 1 of .* not finite"),
+        ([[50.0, 40.0, 30.0, 20.0]], [1], r"row 1 of .* negative .* as xyxy; set bbox_format"),
     ],
 )
 def test_boxes_that_cannot_be_meant_are_refused(tmp_path, boxes, categories, message):
@@ -119,7 +149,9 @@ def test_boxes_that_cannot_be_meant_are_refused(tmp_path, boxes, categories, mes
 def test_columns_that_are_not_there_are_named(tmp_path):
     rows = [(IMAGE, BOXES, CATEGORIES, [0, 0])]
     with pytest.raises(DataError, match="objects_column='boxes' is not a column of"):
-        source(tmp_path, rows, objects_column="boxes")
+        source(tmp_path / "a", rows, objects_column="boxes")
+    with pytest.raises(DataError, match=r"column .image. of .* has no bbox and no category"):
+        source(tmp_path / "b", rows, objects_column="image")
 
 
 @pytest.mark.parametrize("number", range(40))

@@ -216,6 +216,19 @@ def test_images_of_one_name_are_drawn_apart(runs, tmp_path):
     options = [runs / "segment", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "drawn"]
     assert fails(predict, *options) == "0"
     assert sorted(p.name for p in (tmp_path / "drawn").iterdir()) == ["scene-1.png", "scene.png"]
+    (tmp_path / "b" / "scene.png").rename(tmp_path / "b" / "scene-1.png")
+    Image.fromarray(scene(3)[0]).save(tmp_path / "b" / "scene.png")
+    options[-1] = tmp_path / "more"
+    assert fails(predict, *options) == "0"
+    assert len(list((tmp_path / "more").iterdir())) == 3
+
+
+def test_drawings_never_take_the_place_of_images(runs, tmp_path):
+    Image.fromarray(scene(3)[0]).save(tmp_path / "scene.png")
+    before = (tmp_path / "scene.png").read_bytes()
+    message = fails(predict, runs / "segment", tmp_path / "*.png", "--out", tmp_path)
+    assert "holds scene.png, an image to draw; name another folder" in message
+    assert (tmp_path / "scene.png").read_bytes() == before
 
 
 def test_what_is_no_run_of_distill_is_not_exported_as_one(runs, tmp_path):
@@ -227,3 +240,59 @@ def test_what_is_no_run_of_distill_is_not_exported_as_one(runs, tmp_path):
 def test_a_folder_without_a_model_is_named(tmp_path):
     message = fails(predict, tmp_path, "x.png", "--out", tmp_path / "out")
     assert "holds no whole detector or segmenter" in message
+
+
+@torch.no_grad()
+def test_default_boxes_are_exact_under_autocast(runs):
+    """Matching and encoding in training must see the boxes that detections are decoded by."""
+    model = load_downstream(runs / "detect" / "last").train()
+    images = [torch.rand(3, 72, 96)] * 2
+    targets = [dict(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.int64))] * 2
+    exact = detector._Batch(model, images, targets)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = detector._Batch(model, images, targets)
+    assert torch.equal(torch.stack(exact.boxes), torch.stack(rounded.boxes))
+
+
+@pytest.mark.parametrize(("module", "options"), [(detect, DETECT), (segment, SEGMENT)])
+def test_workers_read_the_same_images(runs, boxes, masks, tmp_path, monkeypatch, module, options):
+    """Nothing that a worker sent is kept: each tensor would hold a file open."""
+    average = detector.average_precision
+
+    def watched(guesses, truths, **others):
+        assert not any(value.is_shared() for truth in truths for value in truth.values())
+        return average(guesses, truths, **others)
+
+    monkeypatch.setattr(detector, "average_precision", watched)
+    dataset = boxes if module is detect else masks
+    options = [*options, "--dataset", dataset, "--run", tmp_path / "run", "--workers", 2]
+    threads = torch.get_num_threads()
+    run(module, *options)
+    torch.set_num_threads(threads)
+    file = "last/model.safetensors"
+    expected = (runs / module.__name__ / file).read_bytes()
+    assert (tmp_path / "run" / file).read_bytes() == expected
+
+
+def test_a_mask_that_ignores_all_counts_nowhere(tmp_path, capsys):
+    (image, mask), *rows = segmentation_rows(range(5))
+    test = dict(a=[(image, mask)], b=[(image, mask), (image, np.full_like(mask, 255))])
+    losses = {}
+    for name, split in test.items():
+        (tmp_path / name).mkdir()
+        folder = write_segmentation(tmp_path / name, dict(train=rows, test=split))
+        options = ["--dataset", folder, "--run", tmp_path / f"run-{name}", "--epochs", 1]
+        run(segment, *SEGMENT, *options)
+        losses[name] = json.loads((tmp_path / f"run-{name}/summary.json").read_text())["test_loss"]
+    assert losses["a"] == losses["b"] > 0
+    assert "classes beside 255" not in capsys.readouterr().out
+
+
+def test_masks_of_0_and_255_are_told_of(tmp_path, capsys):
+    rows = [
+        (image, np.where(mask > 0, 255, 0).astype(np.uint8))
+        for image, mask in segmentation_rows(range(5))
+    ]
+    folder = write_segmentation(tmp_path, dict(train=rows, test=rows[:1]))
+    run(segment, *SEGMENT, "--dataset", folder, "--run", tmp_path / "run", "--epochs", 1)
+    assert capsys.readouterr().out.count("hold 1 classes beside 255, which is ignored") == 1

@@ -1,6 +1,7 @@
 """Exports: a hub folder that says what its own files score, and holds nothing of the machine."""
 
 import json
+from pathlib import Path
 
 import pytest
 import timm
@@ -12,8 +13,10 @@ from safetensors.torch import load_file
 import onnx_files
 from batches import Normalize
 from export import cli
+from finished_run import FinishedRun
 from models import ModelError
 from onnx_files import OnnxModel
+from recipe import Recipe
 from sources import ImageSource
 
 
@@ -63,6 +66,15 @@ def test_a_card_states_no_licence_nor_dataset_that_nobody_named(student_run, exp
     assert card.data.datasets is None
     assert "none is stated" in card.text
     assert "CIFAR" not in card.text
+
+
+def test_a_recipe_for_others_has_no_folder_of_this_machine():
+    recipe = Recipe(student="local-dir:/home/me/s/last", finetune="all", dataset="~/birds")
+    summary = dict(dataset="~/birds", dataset_is_folder=True)
+    portable = FinishedRun(Path("x"), recipe, summary, {}).portable()
+    assert (portable.student, portable.dataset) == ("local-dir:s/last", "birds")
+    summary = dict(dataset="org/birds", dataset_is_folder=False)
+    assert FinishedRun(Path("x"), recipe, summary, {}).dataset == "org/birds"
 
 
 def test_float16_is_measured_anew(student_run, tiny_dataset, export, tmp_path):

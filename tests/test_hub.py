@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from gld_zoo import hub
@@ -100,6 +101,13 @@ def test_a_model_that_is_not_timms_is_refused(tmp_path):
     assert not (tmp_path / "hub").exists()
 
 
+def entry(**changes):
+    run = dict(seed=0, commit=None, top1=1.0, top5=2.0, best_epoch=1, best_epoch_top1=1.0)
+    results = dict(teacher=None, parameters=1, recipe="r", changes={}, precision="no")
+    results.update(hardware="cpu", sha256="x", dataset="pets", runs=[run])
+    return dict(results, **changes)
+
+
 @pytest.mark.parametrize(
     ("dataset", "hub_id", "kind"),
     [
@@ -110,12 +118,44 @@ def test_a_model_that_is_not_timms_is_refused(tmp_path):
     ],
 )
 def test_a_card_links_to_datasets_of_the_hub_alone(dataset, hub_id, kind):
-    run = dict(seed=0, commit=None, top1=1.0, top5=2.0, best_epoch=1, best_epoch_top1=1.0)
-    results = dict(teacher=None, parameters=1, recipe="r", changes={}, precision="no")
-    results.update(hardware="cpu", sha256="x", dataset=dataset, runs=[run])
-    card = hub.model_card(timm.create_model("gld_resnet20"), results, "org/name")
+    card = hub.model_card(timm.create_model("gld_resnet20"), entry(dataset=dataset), "org/name")
     assert card.data.datasets == ([hub_id] if hub_id else None)
     assert {result.dataset_type for result in card.data.eval_results} == {kind}
+
+
+@pytest.mark.parametrize("licence", [None, "cc-by-nc-4.0"])
+def test_card_and_config_state_the_same_licence(tmp_path, licence):
+    model = timm.create_model("gld_resnet20", num_classes=5)
+    save_pretrained(model, tmp_path, results=entry(license=licence))
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["pretrained_cfg"].get("license") == licence
+    assert ModelCard.load(tmp_path / "README.md").data.license == licence
+
+
+def test_a_card_names_what_the_model_began_with_and_its_teacher():
+    start, teacher = "hf-hub:org/start@v2", "hf_hub:org/teacher"
+    model = timm.create_model("gld_resnet20")
+    results = entry(finetuned_from=start, teacher=teacher)
+    card = hub.model_card(model, results, "org/name")
+    assert card.data.base_model == ["org/start", "org/teacher"]
+    assert f"fine-tuned from `{start}`, distilled by GLD from `{teacher}`" in card.text
+    assert hub.model_card(model, entry(teacher="resnet18"), "org/name").data.base_model is None
+
+
+def test_a_card_of_results_that_lack_something_names_it(tmp_path):
+    model = timm.create_model("gld_resnet20")
+    with pytest.raises(ValueError, match=r"has no dataset, .*sha256, runs, runs\[0\].seed"):
+        save_pretrained(model, tmp_path / "hub", results=dict(top1=90.0))
+    assert not (tmp_path / "hub").exists()
+
+
+def test_weights_that_ship_are_saved_with_their_class_names(tmp_path):
+    save_pretrained(timm.create_model("gld_wrn16_1", pretrained=True), tmp_path)
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert loaded.pretrained_cfg["label_names"][99] == "worm"
+    other = timm.create_model("gld_wrn16_1", pretrained=True, num_classes=7)
+    save_pretrained(other, tmp_path)
+    assert "worm" not in (tmp_path / "config.json").read_text()
 
 
 def test_files_take_an_earlier_ones_place_whole(tmp_path, monkeypatch):

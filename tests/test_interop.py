@@ -1,6 +1,8 @@
 """Everyone else's libraries, each run for real; one that is not installed is skipped by name."""
 
+import re
 from collections import OrderedDict
+from pathlib import Path
 
 import pytest
 import timm
@@ -25,6 +27,17 @@ def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved") / "model"
     save_pretrained(model, folder, label_names=NAMES)
     return model, folder
+
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+@pytest.mark.parametrize("code", re.findall(r"`(smp\.[^`]+)`", README))
+@torch.no_grad()
+def test_segmentation_models_pytorch_as_readme_has_it(code):
+    smp = pytest.importorskip("segmentation_models_pytorch")
+    model = eval(code, dict(smp=smp)).eval()
+    assert model(torch.randn(2, 3, 64, 96)).shape == (2, 1, 64, 96)
 
 
 @pytest.mark.parametrize("decoder", ["DeepLabV3Plus", "Unet"])

@@ -1,5 +1,6 @@
 """Recipes: one declaration, three sources, unknown keys refused, every shipped file usable."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +24,8 @@ TRANSFERS = {
     "segment": (SegmentationRecipe, sorted(FOLDER.glob("segment_*.yaml"))),
 }
 OTHERS = [*PROBES, *TRANSFERS["detect"][1], *TRANSFERS["segment"][1]]
+SIZES = dict(cifar100=32, cifar100_64=64, quickstart=32, imagenet=224, flowers=224, dogs=224)
+SIZES.update(cars=224, cub=224)
 RECIPES = sorted(set(FOLDER.glob("*.yaml")) - set(OTHERS))
 
 
@@ -51,7 +54,18 @@ def test_every_transfer_recipe_parses_and_names_its_command_and_model(name):
     for path in paths:
         recipe = kind.load(path)
         assert f"train/{name}.py --config train/recipes/{path.name}" in path.read_text()
-        assert timm.is_model(recipe.backbone)
+        assert timm.is_model(architecture(recipe.backbone))
+
+
+def test_every_recipe_that_is_spoken_of_is_there():
+    texts = [*(FOLDER.parent).glob("*.py"), *FOLDER.parent.parent.glob("*.md")]
+    named = {
+        name
+        for path in texts
+        for name in re.findall(r"train/recipes/([a-z0-9_]+)\.yaml", path.read_text())
+    }
+    assert len(named) > 3
+    assert named <= {path.stem for path in FOLDER.glob("*.yaml")}
 
 
 def test_transfer_schedules_are_the_papers():
@@ -92,7 +106,7 @@ def test_every_recipe_builds_its_models_and_takes_a_step(path, tiny_dataset, tmp
     trainer = Distiller(recipe, run, Accelerator(cpu=True))
     trainer.network.train()
     images, target = next(trainer.data.train.epoch(0))
-    size = recipe.image_size or trainer.student.default_cfg["input_size"][-1]
+    size = SIZES[path.stem.partition("_")[0] if "_64_" not in path.stem else "cifar100_64"]
     assert images.shape == (4, 3, size, size)
     weight = trainer.student.get_classifier().weight
     before = weight.detach().clone()

@@ -78,6 +78,10 @@ def test_runs_that_do_not_belong_are_refused(
 ):
     with pytest.raises(ValueError, match="another recipe: teacher"):
         released([student_run, teacher_run], tiny_dataset)
+    with pytest.raises(ValueError, match="is a second run of seed 0"):
+        released([student_run, student_run], tiny_dataset)
+    with pytest.raises(ValueError, match="--name gld_wrn16_1 has no tag"):
+        release.release([student_run], "gld_wrn16_1", "cifar100_wrn16_1", str(tiny_dataset))
     with pytest.raises(RunError, match="holds no finished run"):
         released([tmp_path], tiny_dataset)
     with pytest.raises(ValueError, match="trained gld_wrn16_1, not gld_wrn16_2"):
@@ -99,6 +103,31 @@ def test_runs_that_do_not_belong_are_refused(
     on_record(package, "gld_wrn16_2.another", student_run)
     with pytest.raises(ValueError, match=r"results\.json does not hold; release the teacher first"):
         released([student_run], tiny_dataset)
+
+
+def test_seeds_had_one_teacher_and_one_precision(student_run, tmp_path):
+    for name, file, key, value in [
+        ("teacher", "summary.json", "teacher", dict(name="x", sha256="y", top1=1.0)),
+        ("precision", "env.json", "mixed_precision", "bf16"),
+    ]:
+        other = tmp_path / name
+        shutil.copytree(student_run, other)
+        recipe = (other / "recipe.yaml").read_text()
+        (other / "recipe.yaml").write_text(recipe.replace("seed: 0", "seed: 1"))
+        content = json.loads((other / file).read_text())
+        (other / file).write_text(json.dumps({**content, key: value}))
+        words = "teacher of other weights" if name == "teacher" else "was trained in bf16, .* in no"
+        with pytest.raises(ValueError, match=words):
+            release.check_seeds([FinishedRun.load(student_run), FinishedRun.load(other)])
+
+
+def test_a_file_that_is_too_large_leaves_the_package_alone(
+    student_run, tiny_dataset, package, monkeypatch
+):
+    monkeypatch.setattr(release, "LARGEST", 1000)
+    with pytest.raises(ValueError, match="bytes, more than 1,000; try --float16"):
+        released([student_run], tiny_dataset)
+    assert not list((package / "weights").iterdir())
 
 
 def test_a_teacher_loaded_from_float16_is_known_by_its_tag(teacher_run, package):

@@ -92,7 +92,7 @@ def test_a_saved_model_comes_back(model, tmp_path):
         (dict(backbone="gld_resnet20"), r"maps at strides \[1, 2, 4\], not at \[4, 32\]|not at"),
         (
             dict(backbone="densenet121", pretrained_backbone=False),
-            "cannot be dilated to output_stride=16",
+            "does not take output_stride=16",
         ),
     ],
 )

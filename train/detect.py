@@ -1,7 +1,7 @@
 """Train SSD300 on a timm backbone: the paper's transfer to detection.
 
-    accelerate launch --cpu train/detect.py --config train/recipes/coco128_ssd300.yaml
-    accelerate launch --mixed_precision bf16 train/detect.py --config FILE --resume
+    accelerate launch train/detect.py --config train/recipes/detect_coco128.yaml --dataset DIR
+    accelerate launch --mixed_precision bf16 train/detect.py --run RUN --resume
 
 Run folder, resume, time limit, precision and processes are as for distill.py. Options: `--help`.
 """

@@ -7,12 +7,20 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from datasets import Image
+from datasets import ClassLabel, Image
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from keyed_loader import Sample
-from sources import DataError, ImageRows, encoded, open_dataset, pick_column, pick_splits
+from sources import (
+    DataError,
+    ImageRows,
+    encoded,
+    is_integer,
+    open_dataset,
+    pick_column,
+    pick_splits,
+)
 
 Format = Literal["xyxy", "xywh"]
 
@@ -21,8 +29,8 @@ class DetectionSource:
     """A dataset in hub layout with a column of boxes: found, no image decoded yet.
 
     The column holds for each image `bbox`, lists of four numbers in pixels, and `category`, class
-    indices from 0; `difficult` (0 or 1) may be there. It is a dict of lists or a list of dicts; an
-    image where it is null has no boxes.
+    indices from 0; `difficult` or COCO's `iscrowd` (0 or 1) may be there. It is a dict of lists or
+    a list of dicts; an image where it, or a list of it, is null has no boxes.
 
     Args:
         name: Hub id or folder in hub layout.
@@ -70,16 +78,22 @@ def _label_names(name: str, features: Any, column: str, table: Any) -> list[str]
             f"objects_column={column!r} is not a column of {name}; it has {', '.join(features)}"
         )
     objects = getattr(features[column], "feature", features[column])  # a list of dicts, or a dict
-    missing = [key for key in ("bbox", "category") if key not in objects]
+    keys = list(objects) if isinstance(objects, dict) else []
+    missing = [key for key in ("bbox", "category") if key not in keys]
     if missing:
         raise DataError(
             f"column {column!r} of {name} has no {' and no '.join(missing)}; it has "
-            f"{', '.join(objects)}"
+            f"{', '.join(keys) or 'no fields at all'}"
         )
-    category = objects["category"]
-    names = getattr(getattr(category, "feature", category), "names", None)
-    if names is not None:
-        return list(names)
+    category = getattr(objects["category"], "feature", objects["category"])
+    if isinstance(category, ClassLabel):
+        return list(category.names)
+    if not is_integer(category):
+        kind = getattr(category, "dtype", category)
+        raise DataError(
+            f"column {column!r} of {name} has categories of type {kind}; they must be class "
+            "indices from 0: make them a ClassLabel or integers"
+        )
     used = {category for row in table[column] for category in as_lists(row)["category"]}
     return [str(i) for i in range(max(used - {None}, default=-1) + 1)]
 
@@ -89,7 +103,7 @@ def as_lists(objects: Any) -> dict[str, list[Any]]:
     if not objects:
         return dict(bbox=[], category=[])
     if isinstance(objects, dict):
-        return objects
+        return {key: values or [] for key, values in objects.items()}
     return {key: [one[key] for one in objects] for key in objects[0]}
 
 
@@ -105,8 +119,8 @@ class DetectionRows(ImageRows):
         """Look at all boxes, without their images; return how many there are.
 
         Raises:
-            DataError: If a category is out of range, a box is not four finite numbers, or there are
-                not as many of each; it names the first such row.
+            DataError: If a category is out of range, a box is not four finite numbers or has a
+                negative side, or there are not as many of each; it names the first such row.
         """
         return sum(
             len(self.boxes(row, as_lists(objects))[1])
@@ -132,10 +146,10 @@ class DetectionRows(ImageRows):
                 f"{self.place(row)} has {len(listed)} boxes of {sorted(lengths)} numbers for "
                 f"{len(categories)} categories; each needs four"
             )
-        difficult = objects.get("difficult") or categories
-        if len(difficult) != len(categories):
+        flags = _difficult(objects)
+        if len(flags) != len(categories):
             raise DataError(
-                f"{self.place(row)} has {len(difficult)} values of difficult for {len(categories)} "
+                f"{self.place(row)} has {len(flags)} values of difficult for {len(categories)} "
                 "boxes; each needs one"
             )
         numbers = [math.nan if value is None else value for box in listed for value in box]
@@ -144,6 +158,13 @@ class DetectionRows(ImageRows):
             raise DataError(f"{self.place(row)} has a box that is not finite: {boxes.tolist()}")
         if self.bbox_format == "xywh":
             boxes = torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1)
+        wrong = (boxes[:, 2:] < boxes[:, :2]).any(1)
+        if wrong.any():
+            box = listed[int(wrong.nonzero()[0])]
+            raise DataError(
+                f"{self.place(row)} has a box {box} of negative width or height as "
+                f"{self.bbox_format}; set bbox_format to what the dataset has, or correct it"
+            )
         return boxes, torch.tensor(categories, dtype=torch.int64)
 
     def example(self, row: int, item: dict[str, Any]) -> tuple[tv_tensors.Image, dict[str, Any]]:
@@ -157,15 +178,20 @@ class DetectionRows(ImageRows):
         image = v2.functional.pil_to_tensor(self.read(item[self.image_column], self.place(row)))
         objects = as_lists(item[self.objects_column])
         boxes, categories = self.boxes(row, objects)
-        difficult = objects.get("difficult") or [0] * len(categories)
         target = dict(
             boxes=tv_tensors.BoundingBoxes(
                 boxes, format="XYXY", canvas_size=tuple(image.shape[-2:])
             ),
             labels=categories + 1,
-            iscrowd=torch.tensor([int(flag or 0) for flag in difficult], dtype=torch.int64),
+            iscrowd=torch.tensor(_difficult(objects), dtype=torch.int64),
         )
         return tv_tensors.Image(image), target
+
+
+def _difficult(objects: dict[str, list[Any]]) -> list[int]:
+    """Return 1 for each object that is to be ignored when measuring, else 0."""
+    flags = objects.get("difficult") or objects.get("iscrowd") or [0] * len(objects["category"])
+    return [int(flag or 0) for flag in flags]
 
 
 def training_transform(size: int, mean: list[float]) -> v2.Compose:
@@ -185,7 +211,7 @@ def training_transform(size: int, mean: list[float]) -> v2.Compose:
             v2.RandomZoomOut(fill=fill),
             v2.RandomIoUCrop(),
             v2.RandomHorizontalFlip(),
-            v2.Resize((size, size), antialias=True),
+            v2.Resize((size, size), antialias=False),  # as the model resizes what it measures
             *_tidy(),
         ]
     )

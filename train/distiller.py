@@ -86,7 +86,8 @@ class Distiller(Trainer):
 
     def describe_model(self) -> str:
         """Return the student's name."""
-        return f"student {self.recipe.student}"
+        height, width = self.config["input_size"][1:]
+        return f"student {self.recipe.student} on {width}x{height} images"
 
     def describe_origin(self) -> str:
         """Return which weights it starts from."""
@@ -111,7 +112,9 @@ class Distiller(Trainer):
                 sha256=self.models.teacher_sha256,
                 top1=self.teacher_top1,
             )
-        more: dict[str, Any] = dict(dataset=self.source.name, teacher=teacher)
+        more: dict[str, Any] = dict(
+            dataset=self.source.name, dataset_is_folder=self.source.is_folder, teacher=teacher
+        )
         if self.data.val:
             self.accelerator.wait_for_everyone()
             more["best_top1"] = self._measure_best()

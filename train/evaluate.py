@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 from timm.data import resolve_model_data_config
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -94,6 +94,11 @@ def evaluate(
     config = resolve_model_data_config(model)
     size, mean, std = square_size(config, image_size), config["mean"], config["std"]
     check_takes(name, model, size, device)
+    reference = None
+    if teacher:  # before the images are read, so that its mistakes cost nothing
+        theirs = create_teacher(resolve_name(teacher), classes, device)
+        check_takes(teacher, theirs, size, device)
+        reference = Teacher(theirs, 1, mean, std)
     missing = missing_local_rows(model, size, grid, device)
     batches = measuring_batches(
         source.test, config, size, device, batch_size=batch_size, workers=workers
@@ -112,11 +117,10 @@ def evaluate(
         macs=count_macs(model, size, device),
         images_per_second=len(scores.target) / scores.seconds,
     )
-    if teacher:
-        reference = Teacher(create_teacher(resolve_name(teacher), classes, device), 1, mean, std)
-        theirs = predict(reference.classify, batches, 0)
+    if reference:
+        guesses = predict(reference.classify, batches, 0)
         result.update(
-            teacher=teacher, teacher_top1=theirs.top(1), agreement=scores.agreement(theirs)
+            teacher=teacher, teacher_top1=guesses.top(1), agreement=scores.agreement(guesses)
         )
     return result
 
@@ -291,12 +295,16 @@ def cli(arguments: list[str] | None = None) -> None:
     parser.add_argument("--model", type=str, required=True, help=model)
     parser.add_argument("--teacher", type=str | None, help=f"compare with it: {model}")
     add_source_options(parser)
-    parser.add_argument("--grid", type=int, default=2, help="cells a side; 0: no local rows")
+    parser.add_argument(
+        "--grid", type=NonNegativeInt, default=2, help="cells a side; 0: no local rows"
+    )
     parser.add_argument(
         "--image_size", type=PositiveInt | None, help="pixels a side; null: the model's"
     )
     parser.add_argument("--batch_size", type=PositiveInt, default=250, help="images a forward pass")
-    parser.add_argument("--workers", type=int, default=0, help="processes that read; 0: in memory")
+    parser.add_argument(
+        "--workers", type=NonNegativeInt, default=0, help="processes that read; 0: in memory"
+    )
     parser.add_argument("--json", type=str | None, help="file to write the result to")
     options = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -75,6 +75,7 @@ def export(
         raise RunError(f"{folder} is already there; name another, or delete it")
     if onnx or int8:
         check_packages()
+    portable = finished.portable()
     model: Any = create_frozen(f"local-dir:{run / weights}", CPU)
     config, names = resolve_model_data_config(model), model.pretrained_cfg["label_names"]
     as_trained = weights == "last" and not float16
@@ -93,7 +94,7 @@ def export(
                 float16=float16,
             )
             shutil.copyfile(run / "metrics.jsonl", partial / "metrics.jsonl")
-            (partial / "recipe.yaml").write_text(finished.portable().to_yaml(), encoding="utf-8")
+            (partial / "recipe.yaml").write_text(portable.to_yaml(), encoding="utf-8")
             scores = finished.scores()
             if source and not as_trained:
                 measured = evaluate(f"local-dir:{partial}", source, grid=0, device=CPU)
@@ -108,7 +109,8 @@ def export(
                     (partial / "model.onnx").unlink()
             entry = dict(
                 finished.description(),
-                teacher=finished.portable().teacher,
+                teacher=portable.teacher,
+                finetuned_from=portable.student if portable.finetune else None,
                 recipe="recipe.yaml",
                 changes={},
                 parameters=sum(weight.numel() for weight in model.parameters()),

@@ -10,7 +10,6 @@ from typing import Any
 from disk import sha256
 from recipe import Recipe
 from run_folder import RunError
-from sources import CHECKOUT
 
 
 @dataclass(frozen=True)
@@ -48,15 +47,14 @@ class FinishedRun:
     def dataset(self) -> str:
         """The dataset's hub id, or the name of its folder."""
         name = self.summary["dataset"]
-        local = Path(name).is_absolute() or any((at / name).is_dir() for at in (Path(), CHECKOUT))
-        return Path(name).name if local else name
+        # runs of before its kind was written down
+        folder = self.summary.get("dataset_is_folder", Path(name).is_absolute())
+        return Path(name).name if folder else name
 
     def portable(self) -> Recipe:
         """Return its recipe without folders of this machine: of those only the name is left."""
-        teacher = self.recipe.teacher
-        if teacher and teacher.startswith("local-dir:"):
-            teacher = "local-dir:" + "/".join(Path(teacher.removeprefix("local-dir:")).parts[-2:])
-        return replace(self.recipe, dataset=self.dataset, teacher=teacher)
+        student, teacher = map(_portable, (self.recipe.student, self.recipe.teacher))
+        return replace(self.recipe, dataset=self.dataset, student=student, teacher=teacher)
 
     def description(self) -> dict[str, Any]:
         """Return how it was trained, as results.json holds it."""
@@ -85,3 +83,10 @@ class FinishedRun:
             commit=self.environment["commit"],
             sha256=sha256(self.path / "last" / "model.safetensors"),
         )
+
+
+def _portable(name: str | None) -> str | None:
+    """Return a model's name, of a folder the last two parts alone."""
+    if not name or not name.startswith("local-dir:"):
+        return name
+    return "local-dir:" + "/".join(Path(name.removeprefix("local-dir:")).parts[-2:])

@@ -19,7 +19,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from jsonargparse import ArgumentParser
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 from timm.data import resolve_model_data_config
 
 from batches import EvalBatches, Normalize, Share, Transforms
@@ -196,7 +196,9 @@ def cli(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--mirror", type=bool, default=True, help="train on mirror images too")
     parser.add_argument("--batch_size", type=PositiveInt, default=250, help="images a forward pass")
-    parser.add_argument("--workers", type=int, default=0, help="processes that read; 0: in memory")
+    parser.add_argument(
+        "--workers", type=NonNegativeInt, default=0, help="processes that read; 0: in memory"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the images held out")
     parser.add_argument("--json", type=str | None, help="file to write the result to")
     options = parser.parse_args(arguments)

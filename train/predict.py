@@ -8,8 +8,9 @@ Boxes carry their class and confidence; masks are coloured by class, their names
 
 from __future__ import annotations
 
+import itertools
 import sys
-from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from batches import Normalize
 from disk import DiskError, writing
-from gld_zoo.cli import read_images
+from gld_zoo.cli import find_images, read_images
 from gld_zoo.downstream import load_downstream
 from segmentation_data import MeasuringTransform
 
@@ -115,30 +116,55 @@ def cli(arguments: list[str] | None = None) -> None:
         help="longer side in pixels that a segmenter sees; null: as it was measured",
     )
     options = parser.parse_args(arguments)
-    last = options.model / "last"
+    failed: list[Path] = []
     try:
-        model = load_downstream(last if last.is_dir() else options.model)
-        failed: list[Path] = []
-        used: Counter[str] = Counter()
-        for path, image in read_images(options.images, failed):
-            pixels = v2.functional.pil_to_tensor(image)
-            if isinstance(model, SSD):
-                drawn, found = draw_boxes(model, pixels, options.threshold)
-            else:
-                drawn, found = draw_mask(
-                    model, pixels, options.image_size or model.config["image_size"]
-                )
-            # photos of one name in two folders are two drawings
-            name = path.stem + (f"-{used[path.stem]}" if used[path.stem] else "")
-            used[path.stem] += 1
-            target = options.out / f"{name}.png"
-            with writing(target):
-                options.out.mkdir(parents=True, exist_ok=True)
-                v2.functional.to_pil_image(drawn).save(target)
-            print(f"{path}: {found}")
+        for line in draw(options, failed):
+            print(line)
     except (DiskError, ValueError) as error:
         sys.exit(f"error: {error}")
     sys.exit(int(bool(failed)))
+
+
+def draw(options: Any, failed: list[Path]) -> Iterator[str]:
+    """Write a drawing of each image and yield a line that lists what was found.
+
+    Args:
+        options: The command line's.
+        failed: Takes the images that cannot be read.
+
+    Raises:
+        DiskError: If a drawing cannot be written.
+        ValueError: If the folder holds no model, or drawings would go where the images are.
+    """
+    last = options.model / "last"
+    model = load_downstream(last if last.is_dir() else options.model)
+    size = options.image_size or model.config["image_size"]
+    if size is None and not isinstance(model, SSD):
+        raise ValueError(
+            f"{options.model} does not say how large its images were; set --image_size"
+        )
+    out, used = options.out, set()
+    paths = list(find_images(options.images))
+    for path in paths:
+        if path.resolve().parent == out.resolve():
+            raise ValueError(
+                f"--out {out} holds {path.name}, an image to draw; name another folder"
+            )
+    for path, image in read_images([str(path) for path in paths], failed):
+        pixels = v2.functional.pil_to_tensor(image)
+        if isinstance(model, SSD):
+            drawn, found = draw_boxes(model, pixels, options.threshold)
+        else:
+            drawn, found = draw_mask(model, pixels, size)
+        # photos of one name in two folders are two drawings
+        names = itertools.chain([path.stem], (f"{path.stem}-{i}" for i in itertools.count(1)))
+        name = next(name for name in names if name not in used)
+        used.add(name)
+        target = out / f"{name}.png"
+        with writing(target):
+            out.mkdir(parents=True, exist_ok=True)
+            v2.functional.to_pil_image(drawn).save(target)
+        yield f"{path}: {found}"
 
 
 if __name__ == "__main__":

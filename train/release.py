@@ -35,6 +35,7 @@ from tensor_path import decode
 
 PACKAGE = CHECKOUT / "gld_zoo"
 RESULTS = PACKAGE / "results.json"
+LARGEST = 25_000_000  # bytes of a file that travels with the package
 COMPONENTS = ("global", "local", "relation")
 ROLES = ("teacher", "alone", "gld", *(f"ablation_{name}" for name in ("alone", *COMPONENTS, "all")))
 NOT_COMPARED = {"dataset", "teacher", "seed", "compile"}  # told elsewhere, or no change of result
@@ -65,16 +66,17 @@ def release(
         RunError: If a run is not finished.
         ValueError: If its student is not the named architecture, runs differ in more than their
             seed, the teacher's weights are not on record, or the file does not score what the run's
-            log says.
+            log says or is too large.
     """
+    architecture, _, tag = name.partition(".")
+    if not tag:
+        raise ValueError(f"--name {name} has no tag; name the weights ARCHITECTURE.TAG")
     finished = [FinishedRun.load(run) for run in runs]
     first = finished[0]
     for other in finished:
-        if other.recipe.student != name.split(".")[0]:
+        if other.recipe.student != architecture:
             raise ValueError(f"{other.path} trained {other.recipe.student}, not {name}")
-        different = dataclasses.replace(other.recipe, seed=first.recipe.seed)
-        if differences := different.differences(first.recipe):
-            raise ValueError(f"{other.path} is a run of another recipe: {'; '.join(differences)}")
+    check_seeds(finished)
     published = Recipe.load(CHECKOUT / "train" / "recipes" / f"{recipe_name}.yaml")
     teacher = teacher_on_record(first.summary["teacher"])
     with tempfile.TemporaryDirectory() as temporary:
@@ -89,7 +91,9 @@ def release(
             )
         log = PACKAGE / "weights" / f"{name}.metrics.jsonl"
         file = folder / "model.safetensors"
-        digest = sha256(file)
+        digest, size = sha256(file), file.stat().st_size
+        if ship and size > LARGEST:
+            raise ValueError(f"{name} has {size:,} bytes, more than {LARGEST:,}; try --float16")
         shutil.copyfile(first.path / "metrics.jsonl", log)
         if ship:
             shutil.copyfile(file, log.with_name(f"{name}.safetensors"))
@@ -104,8 +108,30 @@ def release(
         parameters=result["parameters"],
         file=f"{name}.safetensors" if ship else None,
         sha256=digest,
+        license="apache-2.0",
         runs=[dict(first.scores(), **scores), *(other.scores() for other in finished[1:])],
     )
+
+
+def check_seeds(runs: list[FinishedRun]) -> None:
+    """Refuse runs that are not the seeds of one row.
+
+    Raises:
+        ValueError: If two have the same seed, or they differ in recipe, teacher or precision.
+    """
+    first = runs[0]
+    for number, other in enumerate(runs):
+        different = dataclasses.replace(other.recipe, seed=first.recipe.seed)
+        if differences := different.differences(first.recipe):
+            raise ValueError(f"{other.path} is a run of another recipe: {'; '.join(differences)}")
+        if other.recipe.seed in [run.recipe.seed for run in runs[:number]]:
+            raise ValueError(f"{other.path} is a second run of seed {other.recipe.seed}")
+        theirs, ours = ((run.summary["teacher"] or {}).get("sha256") for run in (other, first))
+        if theirs != ours:
+            raise ValueError(f"{other.path} had a teacher of other weights than {first.path}")
+        theirs, ours = (run.environment["mixed_precision"] for run in (other, first))
+        if theirs != ours:
+            raise ValueError(f"{other.path} was trained in {theirs}, {first.path} in {ours}")
 
 
 def teacher_on_record(teacher: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -226,6 +252,9 @@ def main() -> None:
         "--float16", action="store_true", help="ship tensors of two or more dimensions in float16"
     )
     options = parser.parse_args()
+    setups = list(json.loads(RESULTS.read_text(encoding="utf-8"))["setups"])
+    if options.setup not in setups:
+        parser.error(f"--setup {options.setup} is not in results.json; it has {', '.join(setups)}")
     entry = release(
         options.runs,
         options.name,

@@ -150,7 +150,9 @@ def summarize(
     split = measured_split(history[-1])
     best = max(history, key=lambda line: line[f"{split}_{score}"])
     summary: dict[str, Any] = dict(epochs=history[-1]["epoch"])
-    summary.update((name, value) for name, value in measured.items() if name != "loss")
+    summary.update(
+        ("test_loss" if name == "loss" else name, value) for name, value in measured.items()
+    )
     summary.update(
         {
             "best_epoch": best["epoch"],

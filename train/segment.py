@@ -1,7 +1,7 @@
 """Train DeepLabV3+ on a timm backbone: the paper's transfer to segmentation.
 
-    accelerate launch --cpu train/segment.py --config train/recipes/camvid_deeplabv3plus.yaml
-    accelerate launch --mixed_precision bf16 train/segment.py --config FILE --resume
+    accelerate launch train/segment.py --config train/recipes/segment_camvid.yaml --dataset DIR
+    accelerate launch --mixed_precision bf16 train/segment.py --run RUN --resume
 
 Run folder, resume, time limit, precision and processes are as for distill.py. Options: `--help`.
 """

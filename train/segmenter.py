@@ -36,7 +36,7 @@ class SegmentationRecipe(TransferRecipe):
 
     GROUPS: ClassVar[dict[str, str]] = dict(output_stride="masks", **TransferRecipe.GROUPS)
     RANGES: ClassVar[dict[str, tuple[float, float]]] = dict(
-        num_classes=(1, 255), image_size=(1, math.inf), **TransferRecipe.RANGES
+        num_classes=(2, 255), image_size=(1, math.inf), **TransferRecipe.RANGES
     )
 
     output_stride: int = option(16, "of the backbone's deepest map, 16 or 8")
@@ -99,6 +99,7 @@ class Segmenter(TransferTrainer):
             image_column=recipe.image_column,
             mask_column=recipe.mask_column,
         )
+        self.warned = False
         model = self.create(create_deeplabv3plus, recipe.num_classes, recipe.output_stride)
         config = resolve_model_data_config(model.backbone)
         augmented = training_transform(recipe.image_size, config["mean"])
@@ -121,7 +122,7 @@ class Segmenter(TransferTrainer):
 
     @torch.no_grad()
     def measure(self, batches: EvalBatches) -> dict[str, float]:
-        """Return the mean loss of an image, the mean IoU, and the pixel accuracy."""
+        """Return the mean loss of the images that count, the mean IoU, and the pixel accuracy."""
         self.share_buffers()
         self.model.eval()
         device = self.accelerator.device
@@ -135,16 +136,25 @@ class Segmenter(TransferTrainer):
                     self.model(image), size=mask.shape, mode="bilinear", align_corners=False
                 )
                 loss = pixel_loss(logits, mask[None])
-                sums += torch.stack([loss.double(), torch.ones_like(loss, dtype=torch.float64)])
+                sums += torch.stack([loss.double(), (mask != IGNORE).any().double()])
                 counts.update(logits.argmax(1), mask[None])
         if self.accelerator.num_processes > 1:
             torch.distributed.all_reduce(sums)
         matrix = counts.compute().double()
+        self._warn_of_few_classes(int((matrix.sum(1) > 0).sum()))
         return dict(
-            loss=(sums[0] / sums[1]).item(),
+            loss=(sums[0] / sums[1].clamp_min(1)).item(),
             miou=100 * mean_iou(matrix),
             accuracy=100 * (matrix.trace() / matrix.sum().clamp_min(1)).item(),
         )
+
+    def _warn_of_few_classes(self, count: int) -> None:
+        if count < 2 and not self.warned:
+            self.warned = True
+            self.accelerator.print(
+                f"the masks of {self.source.test.where} hold {count} classes beside {IGNORE}, "
+                "which is ignored; a mask of two classes has the values 0 and 1"
+            )
 
     def describe_model(self) -> str:
         """Return the segmenter's name."""

@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, Image, IterableDataset, Value, load_dataset
 from PIL import Image as PILImage
+
+from gld_zoo.images import to_rgb
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 Table = Any  # Dataset or IterableDataset, which share no base class
@@ -51,6 +52,7 @@ class ImageSource:
         image = pick_column(name, features, image_column, Image, "image_column")
         label = pick_column(name, features, label_column, ClassLabel, "label_column")
         self.name = name
+        self.is_folder = find_folder(name) is not None
         self.label_names = _label_names(name, splits[train], features, label)
         self.train, self.test = (
             Rows(
@@ -100,9 +102,7 @@ class ImageRows:
         return f"row {number} of {self.where}"
 
     def read(self, item: dict[str, Any], place: str) -> PILImage.Image:
-        """Decode an image, upright and RGB; 16-bit grey is scaled to 8 bits, alpha is dropped.
-
-        An image of 32-bit integers counts as 16-bit if it has a value above 255.
+        """Decode an image as `to_rgb` does.
 
         Args:
             item: The encoded image.
@@ -112,13 +112,7 @@ class ImageRows:
             DataError: If it cannot be read.
         """
         try:
-            image = Image().decode_example(item)
-            if image.mode.startswith("I"):  # convert would cut every value above 255 to white
-                values = np.asarray(image).clip(0, 65535)
-                if image.mode != "I" or values.max() > 255:
-                    values = values // 257
-                image = PILImage.fromarray(values.astype(np.uint8))
-            return image.convert("RGB")
+            return to_rgb(Image().decode_example(item))
         except Exception as error:
             raise DataError(
                 f"{place} is not a readable image ({type(error).__name__}: "
@@ -187,22 +181,28 @@ class Rows(ImageRows):
         )
 
 
+def find_folder(name: str) -> Path | None:
+    """Return the folder that a dataset's name means, if any: from here, or from the checkout."""
+    folders = (Path(name).expanduser(), CHECKOUT / name)
+    return next((path for path in folders if path.is_dir()), None)
+
+
 def open_dataset(name: str, streaming: bool = False) -> dict[str, Table]:
     """Find a dataset's splits by its hub id or folder, the latter also from the checkout.
 
     Raises:
         DataError: If it is not there or cannot be loaded.
     """
-    folders = [path for path in (Path(name).expanduser(), CHECKOUT / name) if path.is_dir()]
-    if not folders and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
+    folder = find_folder(name)
+    if not folder and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
         raise DataError(
             f"dataset={name!r}: there is no such folder; give one that exists or a hub id ORG/NAME"
         )
     try:
-        return load_dataset(str(folders[0]) if folders else name, streaming=streaming)
+        return load_dataset(str(folder) if folder else name, streaming=streaming)
     except Exception as error:
         reason = f"({type(error).__name__}: {error})"
-        if folders:
+        if folder:
             raise DataError(
                 f"dataset={name!r} is neither in hub layout nor an image folder {reason}; it needs "
                 "data/train-*.parquet or train/CLASS/IMAGE"
@@ -259,13 +259,14 @@ def pick_column(
             f"{columns}"
         )
     feature = features.get(wanted)
-    if isinstance(feature, kind) or (kind is ClassLabel and _is_integer(feature)):
+    if isinstance(feature, kind) or (kind is ClassLabel and is_integer(feature)):
         return wanted
     found = "is not a column" if feature is None else f"is not of type {kind.__name__}"
     raise DataError(f"{option}={wanted!r} {found} in {name}; its columns are {columns}")
 
 
-def _is_integer(feature: Any) -> bool:
+def is_integer(feature: Any) -> bool:
+    """Tell whether a column, or a field of one, holds plain integers."""
     return isinstance(feature, Value) and "int" in feature.dtype
 
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn as nn
+from timm.models import get_pretrained_cfg
 
 from batches import Data, Share, derive_seed
 from keyed_loader import Collate, Finish, KeyedBatches, KeyedEval, KeyedExamples
@@ -101,7 +102,12 @@ class TransferTrainer(Trainer):
 
     def describe_origin(self) -> str:
         """Return which weights it starts from."""
-        return "pretrained backbone" if self.recipe.pretrained else "random weights"
+        name = self.recipe.backbone
+        if not self.recipe.pretrained:
+            return "random weights"
+        if ":" not in name and "." not in name:
+            name = f"{name}.{get_pretrained_cfg(name).tag}"
+        return f"weights of {name}"
 
     def how_to_use(self) -> str:
         """Return how to see the finished model at work."""
