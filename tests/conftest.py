@@ -75,6 +75,7 @@ def launch(*options, processes=1, precision="no", script="distill.py"):
     command += ["--mixed_precision", precision]
     if processes > 1:  # accelerate starts one process on a CPU whatever it is told
         command = ["torch.distributed.run", "--nproc_per_node", str(processes), "--"]
+    paths = os.pathsep.join(map(str, (CHECKOUT, CHECKOUT / "train")))
     result = subprocess.run(
         [
             sys.executable,
@@ -86,7 +87,7 @@ def launch(*options, processes=1, precision="no", script="distill.py"):
         capture_output=True,
         text=True,
         timeout=240,
-        env=dict(os.environ, PYTHONPATH=str(CHECKOUT), OMP_NUM_THREADS="1"),
+        env=dict(os.environ, PYTHONPATH=paths, OMP_NUM_THREADS="1"),
     )
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout + result.stderr

@@ -120,3 +120,18 @@ def test_a_model_of_other_classes_is_refused(student_run, capsys):
     with pytest.raises(SystemExit) as stop:
         cli(["--model", str(student_run), "--dataset", "gld_zoo/data/cifar100_mini"])
     assert "has 4 classes and the dataset 100" in str(stop.value.code)
+
+
+def test_a_teachers_mistakes_are_named_before_the_images_are_read(
+    student_run, tiny_dataset, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("evaluate.predict", lambda *_: 1 / 0)
+    save_pretrained(timm.create_model("vit_tiny_patch16_224", num_classes=4), tmp_path / "vit")
+    options = ["--model", str(student_run), "--dataset", str(tiny_dataset)]
+    for teacher, words in [
+        (f"local-dir:{tmp_path / 'vit'}", "cannot take 32x32"),
+        ("x", "teacher"),
+    ]:
+        with pytest.raises(SystemExit) as stop:
+            cli([*options, "--teacher", teacher])
+        assert words in str(stop.value.code)

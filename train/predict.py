@@ -83,21 +83,19 @@ def _with_key(image: torch.Tensor, entries: list[tuple[str, tuple[int, ...]]]) -
     height = max(image.shape[1], line * len(entries) + 4)
     canvas = torch.full((3, height, image.shape[2] + 110), 255, dtype=torch.uint8)
     canvas[:, : image.shape[1], : image.shape[2]] = image
-    left = image.shape[2] + 6
-    boxes = [[left, 4 + i * line, left + 10, 14 + i * line] for i in range(len(entries))]
-    colors = [color for _, color in entries]
-    canvas = draw_bounding_boxes(canvas, torch.tensor(boxes), colors=colors, fill=True)
     picture = v2.functional.to_pil_image(canvas)
-    pen = ImageDraw.Draw(picture)
-    for (name, _), (x, y, *_) in zip(entries, boxes, strict=True):
-        pen.text((x + 16, y - 2), name, fill="black")
+    pen, left = ImageDraw.Draw(picture), image.shape[2] + 6
+    for i, (name, color) in enumerate(entries):
+        top = 4 + i * line
+        pen.rectangle((left, top, left + 10, top + 10), fill=color)
+        pen.text((left + 16, top - 2), name, fill="black")
     return v2.functional.pil_to_tensor(picture)
 
 
 def _color(label: int) -> tuple[int, int, int]:
-    """Return a class's colour: hues a golden angle apart, so that neighbours differ."""
-    hue = int(255 * (label * 0.618034 % 1))
-    red, green, blue = Image.new("HSV", (1, 1), (hue, 200, 235)).convert("RGB").tobytes()
+    """Return a class's colour: hues a golden angle apart, every other eight of them darker."""
+    hue, value = int(255 * (label * 0.618034 % 1)), (235, 140)[label // 8 % 2]
+    red, green, blue = Image.new("HSV", (1, 1), (hue, 200, value)).convert("RGB").tobytes()
     return red, green, blue
 
 
