@@ -80,6 +80,12 @@ def global_local_logits(model: nn.Module, images: torch.Tensor, grid: int = 2) -
         return _head_rows(model, features.to(next(model.parameters()).dtype), grid)
 
 
+def classifiers(model: Any) -> tuple[nn.Module, ...]:
+    """Return a timm model's classifier, or both of one that has a second for distillation."""
+    found = model.get_classifier()
+    return found if isinstance(found, tuple) else (found,)
+
+
 def _head_rows(model: Any, features: torch.Tensor, grid: int) -> torch.Tensor:
     height, width = features.shape[2:]
     # adaptive_avg_pool2d, with a gradient that repeats to the bit on a GPU
@@ -120,9 +126,10 @@ def _check_model(model: Any) -> None:
 
 def _check_map(model: Any, features: torch.Tensor, images: torch.Tensor, grid: int) -> None:
     name = type(model).__name__
-    if features.ndim != 4 or features.shape[1] != model.num_features:
+    kind = list(features.shape) if isinstance(features, torch.Tensor) else type(features).__name__
+    if not isinstance(kind, list) or len(kind) != 4 or kind[1] != model.num_features:
         raise ValueError(
-            f"{name}.forward_features gives {list(features.shape)} for images "
+            f"{name}.forward_features gives {kind} for images "
             f"{list(images.shape)}; local logits need a map [B, {model.num_features}, H, W], "
             "as convolutional networks have"
         )
@@ -138,8 +145,7 @@ def _check_map(model: Any, features: torch.Tensor, images: torch.Tensor, grid: i
 @torch.no_grad()
 def _check_head(model: Any, features: torch.Tensor) -> None:
     """Refuse, once a classifier, a head that does not begin with average pooling."""
-    classifier = model.get_classifier()
-    parts = classifier if isinstance(classifier, tuple) else (classifier,)
+    parts = classifiers(model)
     checked = _checked_heads.get(model, ())
     if len(checked) == len(parts) and all(
         ref() is part for ref, part in zip(checked, parts, strict=True)

@@ -12,7 +12,7 @@ import timm
 import torch
 from conftest import CHECKOUT, SMALL_RUN, launch, read_lines, write_dataset
 from datasets import load_dataset
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from distiller import accuracy
 from run_folder import summarize
@@ -216,6 +216,36 @@ def test_a_resumed_run_keeps_its_first_environment(student_run, tmp_path, distil
     assert [resumed["processes"] for resumed in after["resumed"]] == [1]
 
 
+def test_a_run_does_not_go_on_with_other_images_or_another_teacher(
+    rows, teacher_run, tmp_path, distill
+):
+    """The options name both as before; what lies there has changed."""
+    shutil.copytree(teacher_run / "last", tmp_path / "teacher")
+    data = tmp_path / "data"
+    cut = {name: {k: v[:64] for k, v in columns.items()} for name, columns in rows.items()}
+    write_dataset(data, cut)
+    run = ["--run", tmp_path / "run"]
+    teacher = ["--teacher", f"local-dir:{tmp_path / 'teacher'}"]
+    distill(*SMALL_RUN, *teacher, "--dataset", data, *run, "--max_minutes", 0)
+    resume = [*run, "--resume", "--max_minutes", "null"]
+
+    relabelled = dict(cut["train"], fine_label=cut["train"]["fine_label"][::-1])
+    fewer = {key: column[:48] for key, column in cut["train"].items()}
+    for train, words in [
+        (fewer, "was begun with train_images 64 and finds 48 now; put back"),
+        (relabelled, "was begun with labels"),
+    ]:
+        write_dataset(data, dict(cut, train=train))
+        assert words in distill(*resume, fails=True)
+    write_dataset(data, cut)
+    file = tmp_path / "teacher" / "model.safetensors"
+    tensors = load_file(file)
+    save_file(dict(tensors, **{"fc.bias": tensors["fc.bias"] + 1}), file, metadata={"format": "pt"})
+    assert "was begun with teacher" in distill(*resume, fails=True)
+    shutil.copyfile(teacher_run / "last" / "model.safetensors", file)
+    assert "after" in distill(*resume)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 def test_compiled_run_trains(tiny_dataset, tmp_path, distill):
@@ -242,6 +272,8 @@ def test_compiled_run_trains(tiny_dataset, tmp_path, distill):
         (["--no_such_option", "1"], "no_such_option"),
         (["--epochs", "many"], "epochs"),
         (["--alpha", "2"], "alpha=2"),
+        (["--train_images", "9"], "train_images=9 is for streaming"),
+        (["--crop_scale", "[0.5, 1]"], "crop_scale=[0.5, 1.0] is for crop: resized"),
     ],
 )
 def test_errors_name_the_value_and_leave_no_folder(
@@ -311,6 +343,23 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_dataset, tmp_path, distill
     options = ["--dataset", tiny_dataset, "--run", tmp_path / "run", "--lr", 1e30]
     output = distill(*SMALL_RUN, *options, fails=True)
     assert "the loss is not finite at step 2 of epoch 1: loss" in output
+
+
+def test_weights_that_are_not_finite_are_never_written(tiny_dataset, tmp_path, distill):
+    """The loss of an epoch's only step is from before the weights exploded."""
+    run = tmp_path / "run"
+    options = ["--dataset", tiny_dataset, "--run", run, "--lr", 1e38, "--batch_size", 64]
+    output = distill(*SMALL_RUN, *options, "--epochs", 1, fails=True)
+    assert "after epoch 1" in output
+    assert "try a smaller lr" in output
+    assert not (run / "last").exists()
+    assert not list(run.glob("checkpoints/epoch*"))
+
+
+def test_weights_that_are_not_used_are_told_of(tiny_dataset, tmp_path, distill):
+    options = ["--student", "gld_wrn16_1.ce_cifar100", "--max_minutes", 0]
+    output = distill(*SMALL_RUN, "--dataset", tiny_dataset, "--run", tmp_path / "run", *options)
+    assert "gld_wrn16_1.ce_cifar100 begins at random; --finetune all" in output
 
 
 def test_the_first_bad_step_is_named():

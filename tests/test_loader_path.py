@@ -192,6 +192,36 @@ def test_an_unreadable_image_of_a_stream_is_named_by_what_the_stream_tells(tmp_p
     assert "row" not in str(error.value)
 
 
+def test_a_null_image_of_a_stream_is_named(tmp_path, rows):
+    columns = {key: list(column[:32]) for key, column in rows["train"].items()}
+    columns["img"][5] = None
+    folder = write_dataset(tmp_path, dict(train=columns, test=rows["test"]))
+    source = ImageSource(str(folder), streaming=True)
+    with pytest.raises(
+        DataError, match=r"image \d+ of the shuffled stream .* not a readable image"
+    ):
+        list(streamed(source, count=32).epoch(0))
+
+
+@pytest.mark.parametrize(
+    ("items", "message"),
+    [
+        ([], r"broke off \(ValueError: there is no image in it\); go on with --resume"),
+        (None, r"broke off \(ConnectionError: gone\); go on with --resume"),
+    ],
+)
+def test_a_stream_that_breaks_off_is_an_error_of_the_data(stream, monkeypatch, items, message):
+    def own(self, table):
+        if items is None:
+            raise ConnectionError("gone")
+        return iter(items)
+
+    batches = streamed(stream, workers=0)
+    monkeypatch.setattr("loader_path._StreamedImages._own", own)
+    with pytest.raises(DataError, match=message):
+        list(batches.epoch(0))
+
+
 def test_a_stream_without_a_count_says_what_to_set(stream):
     with pytest.raises(DataError, match="set train_images"):
         streamed(stream, count=None)

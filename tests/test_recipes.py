@@ -139,6 +139,15 @@ def test_defaults_are_the_papers_cifar_setting():
     )
 
 
+@pytest.mark.parametrize(
+    ("epochs", "rates"),
+    [(1, [0.1]), (2, [0.1, 0.01]), (3, [0.1, 0.1, 0.001]), (5, [0.1, 0.1, 0.1, 0.01, 0.001])],
+)
+def test_short_schedules_begin_at_the_full_rate(epochs, rates):
+    recipe = Recipe(student="gld_resnet20", epochs=epochs)
+    assert [recipe.lr_at(epoch) for epoch in range(epochs)] == pytest.approx(rates)
+
+
 def test_command_line_goes_before_the_file_and_the_file_before_the_defaults(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("student: gld_resnet20\nlr: 5e-2\nepochs: 7\n")

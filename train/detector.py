@@ -155,6 +155,10 @@ class Detector(TransferTrainer):
             self.how_to_use(),
         ]
 
+    def made_of(self) -> dict[str, Any]:
+        """Return the counts of images and of boxes."""
+        return dict(super().made_of(), train_boxes=self.boxes[0], test_boxes=self.boxes[1])
+
     def more_summary(self) -> dict[str, Any]:
         """Return the dataset and its boxes."""
         return dict(dataset=self.source.name, train_boxes=self.boxes[0], test_boxes=self.boxes[1])

@@ -105,7 +105,10 @@ def lock(path: Path) -> IO[str]:
 
 def flush(path: Path) -> None:
     """Wait until a file, or a folder's list of files, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    windows = os.name == "nt"
+    if windows and path.is_dir():
+        return  # it has no such call for folders
+    descriptor = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

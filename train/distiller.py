@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -40,6 +41,8 @@ class Distiller(Trainer):
             recipe.alpha, recipe.beta, local_weight=recipe.local_weight, global_batch=True
         )
         data = load_data(self.source, recipe, self.config, accelerator.device, share)
+        labels = [] if recipe.streaming else self.source.train.labels().tolist()
+        self.source_digests = dict(classes=_digest(self.source.label_names), labels=_digest(labels))
         self.teacher_top1: float | None = None
         return data, self.student, self.models.network
 
@@ -78,7 +81,9 @@ class Distiller(Trainer):
 
     def introduction(self) -> list[str]:
         """Return what to tell of the data and of the teacher, whose accuracy is measured."""
-        lines = super().introduction()
+        lines, student = super().introduction(), self.recipe.student
+        if not self.recipe.finetune and (":" in student or "." in student):
+            lines.append(f"{student} begins at random; --finetune all begins with its weights")
         if self.teacher is not None:
             self.teacher_top1 = self._evaluate(self.teacher.classify, self.data.test)["top1"]
             lines.append(f"teacher {self.recipe.teacher}: top-1 {self.teacher_top1:.2f} %")
@@ -120,6 +125,11 @@ class Distiller(Trainer):
             more["best_top1"] = self._measure_best()
         return more
 
+    def made_of(self) -> dict[str, Any]:
+        """Return the counts of images, hashes of classes and labels, and the teacher's weights."""
+        hashes = dict(self.source_digests, teacher=self.models.teacher_sha256)
+        return dict(super().made_of(), **hashes)
+
     def _measure_best(self) -> float | None:
         folder = self.run.path / "best"
         try:
@@ -133,6 +143,10 @@ class Distiller(Trainer):
         """Write the student to a folder of the run, as timm loads it."""
         options: dict[str, Any] = dict(label_names=self.source.label_names, data_config=self.config)
         self.run.export(name, lambda folder: save_pretrained(self.student, folder, **options))
+
+
+def _digest(values: list[Any]) -> str:
+    return hashlib.sha256(repr(values).encode()).hexdigest()[:12]
 
 
 @torch.no_grad()

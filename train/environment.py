@@ -39,7 +39,7 @@ def describe_environment(accelerator: Accelerator) -> dict[str, Any]:
 
 def changed_environment(first: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     """Return what decides the bits of a result and is not as it was: its name, was, is."""
-    names = ("processes", "mixed_precision", "device", "threads", "python")
+    names = ("processes", "mixed_precision", "device", "threads", "python", "commit")
     pairs = [(name, first.get(name), now[name]) for name in names]
     earlier = first.get("versions", {})
     pairs += [(name, earlier.get(name), version) for name, version in now["versions"].items()]

@@ -136,6 +136,7 @@ def set_up_device(accelerator: Accelerator, threads: int | None) -> None:
     elif accelerator.device.type == "cuda":
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.deterministic = True
+        torch.backends.cudnn.allow_tf32 = False  # float32 is float32; bf16 is the fast precision
 
 
 def flat_options(recipe: Options) -> dict[str, Any]:

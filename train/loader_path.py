@@ -217,7 +217,18 @@ class _StreamedImages(IterableDataset):
     def __iter__(self) -> Iterator[Sample | DataError]:
         worker = get_worker_info()
         number = worker.id if worker else 0
-        for count, item in enumerate(self._items()):
+        items = enumerate(self._items())
+        while True:
+            try:
+                count, item = next(items)
+            except StopIteration:
+                return
+            except Exception as error:  # of the network, the hub, or a file that was cut
+                yield DataError(
+                    f"the stream of {self.rows.where} broke off ({type(error).__name__}: {error}); "
+                    "go on with --resume"
+                )
+                return
             if count >= self.skip:
                 yield self._sample(item, (self.epoch, self.share.rank, number, count))
 
@@ -228,7 +239,12 @@ class _StreamedImages(IterableDataset):
         for again in itertools.count():
             # not by set_epoch: workers share that number, and one may start over before another
             seed = derive_seed(self.seed, self.epoch, again)
-            yield from self._own(self.rows.table.shuffle(seed=seed, buffer_size=self.buffer))
+            empty = True
+            for item in self._own(self.rows.table.shuffle(seed=seed, buffer_size=self.buffer)):
+                empty = False
+                yield item
+            if empty:
+                raise ValueError("there is no image in it")
 
     def _own(self, table: Any) -> Any:
         return split_dataset_by_node(table, self.share.rank, self.share.world_size)
@@ -248,7 +264,7 @@ class _StreamedImages(IterableDataset):
         epoch, rank, worker, count = key
         order = "shuffled stream" if self.buffer else "stream"
         reader = f"worker {worker} of process {rank}, epoch {epoch + 1}"
-        file = f", file {encoded['path']}" if encoded.get("path") else ""
+        file = f", file {encoded['path']}" if encoded and encoded.get("path") else ""
         return f"image {count + 1} of the {order} of {self.rows.where} ({reader}{file})"
 
 

@@ -90,7 +90,7 @@ def load_data(
 
     options: dict[str, Any] = dict(batch_size=recipe.batch_size, seed=recipe.seed, share=share)
     if in_memory:
-        split = decode(train, transforms.fit(), transforms.size).to(device)
+        split = decode(train, transforms.fit(), transforms.size)
         batches: TrainBatches = TensorBatches(
             split, normalize, crop_padding=recipe.crop_padding, flip=recipe.flip, **options
         )
@@ -139,7 +139,8 @@ def fits_in_memory(source: ImageSource, recipe: Recipe, size: int) -> bool:
     """
     if recipe.in_memory is False or recipe.streaming:
         return False
-    needed = (len(source.train) + len(source.test)) * size * size * 3
+    padded = size + 2 * recipe.crop_padding
+    needed = 3 * (len(source.train) * padded**2 + len(source.test) * size**2)
     reason = None
     if recipe.crop != "padded":
         reason = f"crop={recipe.crop!r} takes parts of the original images"

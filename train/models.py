@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -13,6 +13,7 @@ from timm.data import resolve_model_data_config
 
 from gld_zoo import GlobalLocal
 from gld_zoo.folding import fold_batch_norm
+from gld_zoo.heads import classifiers
 from gld_zoo.hub import create_model
 
 
@@ -39,14 +40,17 @@ def create_student(
     student = _create("student", name, device, num_classes=num_classes, pretrained=pretrained)
     if finetune == "classifier":
         student.requires_grad_(False)
-        cast(Any, student).get_classifier().requires_grad_(True)
+        for part in classifiers(student):
+            part.requires_grad_(True)
     return student
 
 
 def set_training_mode(student: nn.Module, finetune: str | None) -> None:
     """Set a student to training; a frozen backbone stays in eval mode, statistics included."""
     if finetune == "classifier":
-        cast(Any, student.eval()).get_classifier().train()
+        student.eval()
+        for part in classifiers(student):
+            part.train()
     else:
         student.train()
 
@@ -140,9 +144,11 @@ class GlobalOnly(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Map images `[B, 3, H, W]` to logits `[B, K]`."""
         model: Any = self.model
-        features = model.forward_features(images)
-        with torch.autocast(features.device.type, enabled=False):
-            return model.forward_head(features.to(next(model.parameters()).dtype))
+        features, dtype = model.forward_features(images), next(model.parameters()).dtype
+        with torch.autocast(images.device.type, enabled=False):
+            if isinstance(features, (list, tuple)):  # of several branches
+                return model.forward_head([part.to(dtype) for part in features])
+            return model.forward_head(features.to(dtype))
 
 
 class Teacher(nn.Module):

@@ -118,7 +118,9 @@ class Options(ABC):
         if self.lr_power is not None:
             lr = self.lr * (1 - epoch / self.epochs) ** self.lr_power
         else:
-            drops = sum(epoch >= round(drop * self.epochs) for drop in self.lr_drops)
+            # at the nearest whole epoch, but not before the first is done
+            ends = (max(1, math.floor(drop * self.epochs + 0.5)) for drop in self.lr_drops)
+            drops = sum(epoch >= end for end in ends)
             lr = self.lr * self.lr_decay**drops
         return lr * min(1.0, epoch / self.warmup_epochs) if self.warmup_epochs else lr
 

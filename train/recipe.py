@@ -117,6 +117,10 @@ class Recipe(Options):
             )
         if not 0 <= self.val_fraction < 1:
             raise ValueError(f"val_fraction={self.val_fraction} must be at least 0 and below 1")
+        if self.train_images and not self.streaming:
+            raise ValueError(f"train_images={self.train_images} is for streaming: true alone")
+        if self.crop == "padded" and self.crop_scale != [0.08, 1.0]:
+            raise ValueError(f"crop_scale={self.crop_scale} is for crop: resized alone")
         if self.streaming and (self.val_fraction or self.in_memory):
             raise ValueError("streaming cannot be combined with val_fraction or in_memory")
 

@@ -127,7 +127,7 @@ class Segmenter(TransferTrainer):
         self.model.eval()
         device = self.accelerator.device
         counts = MulticlassConfusionMatrix(self.recipe.num_classes, ignore_index=IGNORE).to(device)
-        sums = torch.zeros(2, dtype=torch.float64, device=device)
+        total, count = 0.0, 0
         images: Any
         masks: Any
         for images, masks in batches:
@@ -136,11 +136,12 @@ class Segmenter(TransferTrainer):
                     self.model(image), size=mask.shape, mode="bilinear", align_corners=False
                 )
                 loss = pixel_loss(logits, mask[None])
-                sums += torch.stack([loss.double(), (mask != IGNORE).any().double()])
+                total, count = total + loss.item(), count + bool((mask != IGNORE).any())
                 counts.update(logits.argmax(1), mask[None])
+        sums = torch.tensor([total, count], dtype=torch.float64)
         if self.accelerator.num_processes > 1:
-            torch.distributed.all_reduce(sums)
-        matrix = counts.compute().double()
+            sums = self.accelerator.reduce(sums.to(device)).cpu()
+        matrix = counts.compute().cpu().double()  # Apple's GPUs have no float64
         self._warn_of_few_classes(int((matrix.sum(1) > 0).sum()))
         return dict(
             loss=(sums[0] / sums[1].clamp_min(1)).item(),

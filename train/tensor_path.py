@@ -13,6 +13,8 @@ from torchvision.transforms import v2
 from batches import Batch, Normalize, Share, epoch_generator
 from sources import DataError, Rows
 
+CHUNK = 1024  # encoded images in memory while decoding
+
 
 @dataclass(frozen=True)
 class Split:
@@ -40,13 +42,14 @@ def decode(rows: Rows, transform: v2.Compose, size: int) -> Split:
     labels = rows.labels()
     images = torch.empty((len(rows), size, size, 3), dtype=torch.uint8)
 
-    def put(numbered: tuple[int, dict[str, Any]]) -> None:
-        row, item = numbered
+    def put(row: int, item: dict[str, Any]) -> None:
         images[row] = transform(rows.read(item, rows.place(row))).permute(1, 2, 0)
 
     with ThreadPoolExecutor() as pool:
-        for _ in pool.map(put, enumerate(rows.table[rows.image_column])):
-            pass
+        for start in range(0, len(rows), CHUNK):  # else all encoded images would wait in memory
+            part = rows.table[start : start + CHUNK][rows.image_column]
+            for _ in pool.map(put, range(start, len(rows)), part):
+                pass
     return Split(images, labels)
 
 
@@ -58,8 +61,8 @@ class TensorBatches:
     incomplete one is dropped.
 
     Args:
-        split: Decoded images, on the device that trains.
-        normalize: From pixels to floats.
+        split: Decoded images.
+        normalize: From pixels to floats, on the device that trains, where the images are kept.
         batch_size: Images a step over all processes.
         crop_padding: Black border in pixels for the random crop.
         flip: Mirror half of the images.
@@ -86,9 +89,10 @@ class TensorBatches:
             raise DataError(
                 f"the training split has {self.count} images, fewer than batch_size={batch_size}"
             )
-        self.labels = split.labels
+        self.labels = split.labels.to(normalize.device)
         self.size = split.images.shape[1]
-        self.images = torch.nn.functional.pad(split.images, (0, 0, *[crop_padding] * 4))
+        padded = torch.nn.functional.pad(split.images, (0, 0, *[crop_padding] * 4))
+        self.images = padded.to(normalize.device)
         self.normalize = normalize
         self.batch_size = batch_size
         self.crop_padding = crop_padding

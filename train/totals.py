@@ -60,7 +60,7 @@ class Totals:
         """
         if not self._recent:
             return
-        recent = torch.stack(self._recent).double().cpu()
+        recent = torch.stack(self._recent).cpu().double()  # Apple's GPUs have no float64
         bad = (~recent.isfinite().all(dim=1)).nonzero().flatten()
         if len(bad):
             first = int(bad[0])

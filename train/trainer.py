@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from interruption import CHECK_EVERY, Interruption, Stopped
 from options import Options
 from run_folder import RunError, RunFolder, summarize
 from sources import DataError
-from totals import Totals
+from totals import NonFiniteLossError, Totals
 
 BAR = "{desc} {percentage:3.0f}%|{bar:10}| {n}/{total} {elapsed}<{remaining}{postfix}"
 
@@ -119,6 +120,7 @@ class Trainer(ABC):
                 self.accelerator.print(f"{error}; trying the one before")
                 damaged.append(path)
                 continue
+            self._check_made_of(state["made_of"])
             self.model.load_state_dict(tensors["model"])
             load_optimizer_tensors(self.optimizer, tensors["optimizer"])
             if self.accelerator.scaler is not None and state["scaler"]:
@@ -139,6 +141,18 @@ class Trainer(ABC):
             )
         self.accelerator.print(f"{self.run.path} holds no checkpoint yet; starting anew")
 
+    def made_of(self) -> dict[str, Any]:
+        """Return what a run must find unchanged when it goes on, as its options do not tell it."""
+        return dict(train_images=self.data.train.count, test_images=self.data.test.count)
+
+    def _check_made_of(self, saved: dict[str, Any]) -> None:
+        for name, now in self.made_of().items():
+            if saved[name] != now:
+                raise RunError(
+                    f"{self.run.path} was begun with {name} {saved[name]} and finds {now} now; put "
+                    "back what was changed, or start anew under another --run"
+                )
+
     def _check_agreement(self) -> None:
         if self.accelerator.num_processes == 1:
             return
@@ -152,7 +166,12 @@ class Trainer(ABC):
             )
 
     def save(self, epoch: int, step: int) -> None:
-        """Write a checkpoint after `epoch` epochs and `step` steps of the next one."""
+        """Write a checkpoint after `epoch` epochs and `step` steps of the next one.
+
+        Raises:
+            NonFiniteLossError: If a weight is not finite; nothing is written.
+        """
+        self._check_weights(epoch, step)
         totals = self.totals.state(self.accelerator)
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
@@ -166,10 +185,21 @@ class Trainer(ABC):
                     totals=totals,
                     scaler=scaler.state_dict() if scaler else None,
                     history=self.run.history,
+                    made_of=self.made_of(),
                 ),
                 keep=self.recipe.keep_checkpoints,
             )
         self.accelerator.wait_for_everyone()
+
+    def _check_weights(self, epoch: int, step: int) -> None:
+        tensors = self.model.state_dict().items()
+        finite = {name: value.isfinite().all() for name, value in tensors}
+        if not torch.stack(list(finite.values())).all():
+            first = next(name for name, good in finite.items() if not good)
+            raise NonFiniteLossError(
+                f"{first} is not finite after epoch {epoch} and step {step} of the next; try a "
+                "smaller lr or beta"
+            )
 
     def fit(self, report: Callable[[dict[str, Any]], None], interruption: Interruption) -> None:
         """Train from where the run stands to its last epoch.
@@ -195,6 +225,11 @@ class Trainer(ABC):
         recipe, split = self.recipe, "val" if self.data.val else "test"
         began = time.perf_counter()
         measured = self.measure(self.data.val or self.data.test)
+        if not math.isfinite(measured["loss"]):
+            raise NonFiniteLossError(
+                f"the {split} loss is {measured['loss']} after epoch {epoch + 1}; try a smaller lr "
+                "or beta"
+            )
         trained = self.totals.means(self.accelerator)
         line = dict(
             epoch=epoch + 1,
