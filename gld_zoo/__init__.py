@@ -25,14 +25,18 @@ __all__ = [
 ]
 
 
-LAZY = dict(  # torchvision's and timm's training code is for those who ask for it
+# torchvision's and timm's training code is for those who ask for it
+LAZY = dict(
     GLDTask="gld_zoo.task",
     create_deeplabv3plus="gld_zoo.segmentation",
     create_ssd300="gld_zoo.detection",
 )
+MODULES = ("detection", "downstream", "folding", "hub", "segmentation", "task")
 
 
 def __getattr__(name: str) -> Any:
     if name in LAZY:
         return getattr(importlib.import_module(LAZY[name]), name)
+    if name in MODULES:
+        return importlib.import_module(f"gld_zoo.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,7 +14,7 @@ from timm.layers import create_classifier, get_device_dtype
 from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 
-from gld_zoo._weights import embedded
+from gld_zoo._weights import CIFAR100_LABELS, embedded
 from gld_zoo.heads import LocalLogits
 
 CIFAR100_MEAN = (0.5071, 0.4865, 0.4409)
@@ -34,6 +34,7 @@ def cifar_cfg(weights: str = "", **kwargs: Any) -> dict[str, Any]:
         first_conv="stem.conv",
         classifier="fc",
         license="apache-2.0",
+        label_names=CIFAR100_LABELS if weights else None,
         **embedded(weights),
         **kwargs,
     )

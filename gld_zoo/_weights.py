@@ -1,10 +1,9 @@
 """What is common to the weights that ship: where they lie, and the classes they tell apart."""
 
 from pathlib import Path
-from typing import Any
 
 WEIGHTS = Path(__file__).parent / "weights"
-CIFAR100_LABELS = """
+_CIFAR100 = """
 apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly
 camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup
 dinosaur dolphin elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower
@@ -14,12 +13,9 @@ raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake s
 streetcar sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip
 turtle wardrobe whale willow_tree wolf woman worm
 """
+CIFAR100_LABELS = tuple(_CIFAR100.split())
 
 
-def embedded(weights: str) -> dict[str, Any]:
+def embedded(weights: str) -> dict[str, str]:
     """Return what a timm pretrained cfg holds of the file of `weights` (arch.tag), if any."""
-    if not weights:
-        return {}
-    return dict(
-        file=str(WEIGHTS / f"{weights}.safetensors"), label_names=tuple(CIFAR100_LABELS.split())
-    )
+    return dict(file=str(WEIGHTS / f"{weights}.safetensors")) if weights else {}

@@ -68,17 +68,17 @@ def describe(name: str) -> str:
     names = timm.list_models("gld_*")
     if architecture not in names:
         raise CommandError(f"{name!r} is not a model of this zoo; it holds {', '.join(names)}")
-    cfg = get_pretrained_cfg(architecture)
     trained = results["weights"] | (results["runs"] if tag else {})
     tags = [key for key in trained if key.split(".")[0] == architecture]
-    if tag not in ("", cfg.tag) and name not in tags:
+    lines = [name]
+    if not tag or name in timm.list_models(f"{architecture}.*", include_tags=True):
+        cfg = get_pretrained_cfg(name)
+        paper = cfg.paper_ids or "-"
+        lines.append(f"  licence {cfg.license}, paper {paper}, pixels {cfg.input_size}")
+    elif name not in tags:
         raise CommandError(
             f"{name!r} is not on record; {architecture} has {', '.join(tags) or 'no weights'}"
         )
-    lines = [
-        name,
-        f"  licence {cfg.license}, paper {cfg.paper_ids or '-'}, pixels {cfg.input_size}",
-    ]
     chosen = [key for key in tags if not tag or key == name]
     for key in chosen:
         entry = trained[key]

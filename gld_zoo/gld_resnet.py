@@ -11,7 +11,7 @@ from typing import Any
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, ResNet
 
-from gld_zoo._weights import embedded
+from gld_zoo._weights import CIFAR100_LABELS, embedded
 from gld_zoo.heads import LocalLogits
 
 __all__ = ["GLDResNet"]
@@ -46,7 +46,7 @@ def _cfg(weights: str = "", **kwargs: Any) -> dict[str, Any]:
 def _cifar100_cfg(weights: str) -> dict[str, Any]:
     # CIFAR-100 resized to 64 x 64, with ImageNet's mean and deviation
     sizes = dict(input_size=(3, 64, 64), pool_size=(2, 2), crop_pct=1.0)
-    return _cfg(weights, num_classes=100, **sizes)
+    return _cfg(weights, num_classes=100, label_names=CIFAR100_LABELS, **sizes)
 
 
 default_cfgs = generate_default_cfgs(

@@ -123,10 +123,10 @@ def _write_config(
     config = json.loads(path.read_text(encoding="utf-8"))
     # timm 1.0.31 repeats num_classes there, and transformers then passes it twice and fails
     config.get("model_args", {}).pop("num_classes", None)
-    # tag and licence are of the weights that the model began with or could have, not of these
+    # these are of the weights that the model began with or could have, not of its own
     cfg = config.setdefault("pretrained_cfg", {})
-    cfg.pop("tag", None)
-    cfg.pop("license", None)
+    for name in ("tag", "license", "label_names"):
+        cfg.pop(name, None)
     if licence:
         cfg["license"] = licence
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

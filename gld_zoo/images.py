@@ -10,7 +10,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Return an image upright and as RGB, with white under its transparent parts.
 
     16-bit grey is scaled to 8 bits; 32-bit integers count as 16-bit if one is above 255.
+
+    Raises:
+        ValueError: If it holds floats, whose white nothing tells.
     """
+    if image.mode == "F":
+        raise ValueError("it holds floats; convert it to 8 or 16 bits")
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # convert would cut every value above 255 to white
         values = np.asarray(image).clip(0, 65535)

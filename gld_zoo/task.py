@@ -21,7 +21,8 @@ class GLDTask(LogitDistillationTask):
 
     Args:
         student_model: Any timm CNN that `global_local_logits` takes.
-        teacher_model: Such a model in eval mode, its timm name, or timm's `DistillationTeacher`.
+        teacher_model: Such a model in eval mode, its timm name, or timm's `DistillationTeacher`,
+            which draws a new classifier if it is asked for other classes than the weights have.
         grid: Cells along each side of the feature map, the paper's d.
         alpha: Share of the global distillation against cross-entropy, 0 to 1.
         beta: Weight of the relation; scale it by batch size times (1 + grid^2) over 320.

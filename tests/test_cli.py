@@ -108,6 +108,9 @@ def test_pixels_survive_every_mode(tmp_path):
     assert read_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
     Image.new("I;16", (8, 8), 32896).save(tmp_path / "deep.png")
     assert read_image(tmp_path / "deep.png").getpixel((0, 0)) == (128, 128, 128)
+    Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(tmp_path / "float.tif")
+    with pytest.raises(ValueError, match="it holds floats; convert it"):
+        read_image(tmp_path / "float.tif")
     Image.fromarray(np.full((8, 8), 40_000, np.int32)).save(tmp_path / "deep.tif")
     assert read_image(tmp_path / "deep.tif").getpixel((0, 0)) == (155, 155, 155)
 
@@ -145,7 +148,10 @@ def test_list_and_info_tell_the_results(capsys):
     assert "gld_wrn16_1.ce_cifar100: top-1" in info
     assert "teacher gld_wrn16_2.ce_cifar100, recipe cifar100_wrn16_2_wrn16_1, seed 0" in info
     assert "no weights ship" in run(capsys, "info", "gld_resnet32")
-    assert "its weights do not ship" in run(capsys, "info", "gld_resnet18.ce_cifar100")
+    recorded = run(capsys, "info", "gld_resnet34.ce_cifar100")
+    assert "its weights do not ship" in recorded
+    assert "pixels" not in recorded  # of the architecture without weights, not of this run
+    assert "pixels (3, 64, 64)" in run(capsys, "info", "gld_resnet18")
 
 
 def test_explain_draws_the_cells_and_the_map(pictures, tmp_path, capsys):

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import ClosedUnitInterval, PositiveInt
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from timm.data import resolve_model_data_config
 from torchvision.models.detection.ssd import SSD
 from torchvision.transforms import v2
@@ -43,11 +43,16 @@ def draw_boxes(model: Any, image: torch.Tensor, threshold: float) -> tuple[torch
         f"{model.config['label_names'][label - 1]} {score:.0%}"
         for label, score in zip(labels, scores, strict=True)
     ]
-    colors = [_color(label) for label in labels]
-    drawn = image
-    if names:
-        drawn = draw_bounding_boxes(image, found["boxes"][keep], names, colors=colors, width=2)
-    return drawn, ", ".join(names) or "nothing"
+    if not names:
+        return image, "nothing"
+    boxes, colors = found["boxes"][keep], [_color(label) for label in labels]
+    picture = v2.functional.to_pil_image(draw_bounding_boxes(image, boxes, colors=colors, width=2))
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(11)
+    # the surest last, over the others
+    for name, color, (x, y, *_) in reversed(list(zip(names, colors, boxes.tolist(), strict=True))):
+        pen.rectangle(pen.textbbox((x + 3, y), name, font=font), fill=color)
+        pen.text((x + 3, y), name, fill="white", font=font)
+    return v2.functional.pil_to_tensor(picture), ", ".join(names)
 
 
 @torch.no_grad()

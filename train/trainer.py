@@ -120,7 +120,7 @@ class Trainer(ABC):
                 self.accelerator.print(f"{error}; trying the one before")
                 damaged.append(path)
                 continue
-            self._check_made_of(state["made_of"])
+            self._check_made_of(state.get("made_of", {}))  # which earlier versions did not keep
             self.model.load_state_dict(tensors["model"])
             load_optimizer_tensors(self.optimizer, tensors["optimizer"])
             if self.accelerator.scaler is not None and state["scaler"]:
@@ -147,10 +147,11 @@ class Trainer(ABC):
 
     def _check_made_of(self, saved: dict[str, Any]) -> None:
         for name, now in self.made_of().items():
-            if saved[name] != now:
+            was = saved.get(name, now)
+            if was != now:
                 raise RunError(
-                    f"{self.run.path} was begun with {name} {saved[name]} and finds {now} now; put "
-                    "back what was changed, or start anew under another --run"
+                    f"{self.run.path} was begun with {name} {was} and finds {now} now; put back "
+                    "what was changed, or start anew under another --run"
                 )
 
     def _check_agreement(self) -> None:
