@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import os
@@ -59,30 +60,25 @@ def run(kind: type[Trainer], recipe: Options, folder: Path, *, resume: bool = Fa
     if opened.finished:
         say(f"{folder} holds a finished run; nothing to resume")
         return
-    with Interruption(
-        accelerator,
-        max_minutes=recipe.max_minutes,
-        checkpoint_minutes=recipe.checkpoint_minutes,
-    ) as interruption:
-        train(kind, recipe, opened, accelerator, interruption, resume=resume)
+    with (
+        Interruption(
+            accelerator,
+            max_minutes=recipe.max_minutes,
+            checkpoint_minutes=recipe.checkpoint_minutes,
+        ) as interruption,
+        contextlib.closing(kind(recipe, opened, accelerator)) as trainer,
+    ):
+        train(trainer, interruption, resume=resume)
     accelerator.end_training()
 
 
-def train(
-    kind: type[Trainer],
-    recipe: Options,
-    folder: RunFolder,
-    accelerator: Accelerator,
-    interruption: Interruption,
-    *,
-    resume: bool,
-) -> None:
+def train(trainer: Trainer, interruption: Interruption, *, resume: bool) -> None:
     """Train, tell of it, and leave the finished run in its folder."""
+    accelerator = trainer.accelerator
     say = accelerator.print
-    trainer = kind(recipe, folder, accelerator)
-    folder.start(accelerator)
-    if recipe.trackers:
-        accelerator.init_trackers("gld_zoo", config=flat_options(recipe))
+    trainer.run.start(accelerator)
+    if trainer.recipe.trackers:
+        accelerator.init_trackers("gld_zoo", config=flat_options(trainer.recipe))
     for line in trainer.introduction():
         say(line)
     if resume:

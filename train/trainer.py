@@ -350,6 +350,14 @@ class Trainer(ABC):
         self.accelerator.wait_for_everyone()
         return summary
 
+    def close(self) -> None:
+        """Let the processes that read images end.
+
+        Left to the garbage collector, each would be waited for in vain: the thread that tells them
+        to end may be gone before them.
+        """
+        del self.data
+
     def more_summary(self) -> dict[str, Any]:
         """Return what else the summary holds."""
         return {}
