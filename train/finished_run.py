@@ -53,8 +53,13 @@ class FinishedRun:
 
     def portable(self) -> Recipe:
         """Return its recipe without folders of this machine: of those only the name is left."""
-        student, teacher = map(_portable, (self.recipe.student, self.recipe.teacher))
-        return replace(self.recipe, dataset=self.dataset, student=student, teacher=teacher)
+        student, teacher = self.recipe.student, self.recipe.teacher
+        return replace(
+            self.recipe,
+            dataset=self.dataset,
+            student=_portable(student),
+            teacher=teacher and _portable(teacher),
+        )
 
     def description(self) -> dict[str, Any]:
         """Return how it was trained, as results.json holds it."""
@@ -85,8 +90,8 @@ class FinishedRun:
         )
 
 
-def _portable(name: str | None) -> str | None:
+def _portable(name: str) -> str:
     """Return a model's name, of a folder the last two parts alone."""
-    if not name or not name.startswith("local-dir:"):
+    if not name.startswith("local-dir:"):
         return name
     return "local-dir:" + "/".join(Path(name.removeprefix("local-dir:")).parts[-2:])
