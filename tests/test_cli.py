@@ -74,8 +74,8 @@ def test_a_bad_file_is_named_and_the_others_are_done(pictures, capsys):
 
 def test_nothing_to_do_and_unknown_models_are_errors(pictures, tmp_path, capsys):
     assert "no image in" in run(capsys, "predict", tmp_path, code="error")
-    message = run(capsys, "predict", pictures, "--model", "gld_resnet20", code="error")
-    assert "--model 'gld_resnet20' cannot be created: No pretrained weights" in message
+    message = run(capsys, "predict", pictures, "--model", "gld_resnet44", code="error")
+    assert "--model 'gld_resnet44' cannot be created: No pretrained weights" in message
     message = run(capsys, "info", "resnet18", code="error")
     assert "not a model of this zoo; it holds gld_resnet" in message
     message = run(capsys, "info", "gld_wrn16_1.nope", code="error")
@@ -141,13 +141,13 @@ def test_names_of_a_saved_model_are_its_own(tmp_path, pictures, capsys):
 
 def test_list_and_info_tell_the_results(capsys):
     table = run(capsys, "list")
-    resnet20 = sum(weight.numel() for weight in timm.create_model("gld_resnet20").parameters())
-    assert f"gld_resnet20    {resnet20:>12,}  32     -" in table
+    resnet44 = sum(weight.numel() for weight in timm.create_model("gld_resnet44").parameters())
+    assert f"gld_resnet44    {resnet44:>12,}  32     -" in table
     assert "wrn16_2_cifar100 (" in table
     info = run(capsys, "info", "gld_wrn16_1")
     assert "gld_wrn16_1.ce_cifar100: top-1" in info
     assert "teacher gld_wrn16_2.ce_cifar100, recipe cifar100_wrn16_2_wrn16_1, seed 0" in info
-    assert "no weights ship" in run(capsys, "info", "gld_resnet32")
+    assert "no weights ship" in run(capsys, "info", "gld_resnet44")
     recorded = run(capsys, "info", "gld_resnet34.ce_cifar100")
     assert "its weights do not ship" in recorded
     assert "pixels" not in recorded  # of the architecture without weights, not of this run
