@@ -55,7 +55,7 @@ def measure(recipe: Recipe, seconds: float) -> dict[str, float]:
     """Return seconds to the first batch and images a second after it."""
     device = torch.device("cpu")
     source = open_source(recipe)
-    student = create_student(recipe.student, len(source.label_names), device)
+    student = create_student(recipe.student, source.label_names, device)
     config = resolve_data_config(student, recipe.image_size)
     began = time.perf_counter()
     batches = endless(load_data(source, recipe, config, device, Share()).train)

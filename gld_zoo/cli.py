@@ -42,15 +42,17 @@ class CommandError(ValueError):
 def list_models() -> str:
     """Return the zoo's models as a table: parameters, image size, weights and their top-1."""
     weights = _results()["weights"]
-    lines = [f"{'model':<16}{'parameters':>12}  {'pixels':<7}weights (top-1 on CIFAR-100)"]
+    lines = [
+        f"{'model':<16}{'parameters':>12}  {'pixels':<7}"
+        "weights (top-1 on CIFAR-100), the default first"
+    ]
     for name in timm.list_models("gld_*"):
         with torch.device("meta"):
             model = timm.create_model(name)
         parameters = sum(weight.numel() for weight in model.parameters())
         tags = [
-            f"{tag.partition('.')[2]} ({entry['runs'][0]['top1']:.2f} %)"
-            for tag, entry in weights.items()
-            if tag.startswith(f"{name}.")
+            f"{tag.partition('.')[2]} ({weights[tag]['runs'][0]['top1']:.2f} %)"
+            for tag in _default_first(weights, name)
         ]
         size = model.pretrained_cfg["input_size"][-1]
         lines.append(f"{name:<16}{parameters:>12,}  {size:<7}{', '.join(tags) or '-'}")
@@ -69,7 +71,7 @@ def describe(name: str) -> str:
     if architecture not in names:
         raise CommandError(f"{name!r} is not a model of this zoo; it holds {', '.join(names)}")
     trained = results["weights"] | (results["runs"] if tag else {})
-    tags = [key for key in trained if key.split(".")[0] == architecture]
+    tags = _default_first(trained, architecture)
     lines = [name]
     if not tag or name in timm.list_models(f"{architecture}.*", include_tags=True):
         cfg = get_pretrained_cfg(name)
@@ -227,6 +229,13 @@ def explain_image(options: argparse.Namespace) -> int:
         raise CommandError(f"cannot write {options.output}: {error}") from error
     print(f"{options.output}: {drawing.width} x {drawing.height} pixels")
     return 0
+
+
+def _default_first(trained: dict[str, Any], architecture: str) -> list[str]:
+    """Return the names of an architecture's weights, first those that `pretrained=True` gives."""
+    found = [name for name in trained if name.split(".")[0] == architecture]
+    default = get_pretrained_cfg(architecture).tag
+    return sorted(found, key=lambda name: name != f"{architecture}.{default}")
 
 
 def _results() -> dict[str, Any]:

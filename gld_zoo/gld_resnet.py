@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, ResNet
 
@@ -19,6 +20,11 @@ __all__ = ["GLDResNet"]
 
 class GLDResNet(LocalLogits, ResNet):
     """timm's ResNet with `forward_logits`; `forward` maps `[B, in_chans, H, W]` to `[B, K]`."""
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Return the parameters to keep out of weight decay: none, the paper decays them all."""
+        return set()
 
 
 def _create_gld_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -> GLDResNet:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from typing import Any, cast
 
@@ -32,12 +33,22 @@ class GlobalLocal(nn.Module):
     Args:
         model: Any timm CNN that `global_local_logits` takes.
         grid: Cells along each side of the feature map, the paper's d.
+
+    Raises:
+        ValueError: If the model's head does not begin with average pooling; what else is wrong is
+            told by `forward`, which sees the images.
     """
 
     def __init__(self, model: nn.Module, grid: int = 2) -> None:
         super().__init__()
         self.model = model
         self.grid = grid
+        parameter = next(model.parameters())
+        if getattr(model, "num_classes", 0) and not parameter.is_meta:
+            map_like = parameter.new_empty(1, cast(Any, model).num_features, 2, 2)
+            # here too, as a compiled forward does not check; heads that take no map at all fail
+            with contextlib.suppress(RuntimeError, IndexError, AssertionError):
+                _check_head(model, map_like)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Map images `[B, C, H, W]` to logits `[B, 1+L, K]`."""

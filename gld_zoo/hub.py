@@ -226,7 +226,8 @@ def model_card(model: Any, results: dict[str, Any], repo_id: str) -> ModelCard:
             `precision`, `hardware`, `sha256` and `runs`, whose first has `seed`, `commit`, `top1`,
             `top5`, `best_epoch` and `best_epoch_top1` (and `best_epoch_split`, 'test' without it).
             Optional are `license`, a hub identifier, `finetuned_from`, the name of the weights it
-            began with, and `files`, lines about other files.
+            began with, `selected`, true if they are the best epoch's instead of the last, and
+            `files`, lines about other files.
         repo_id: ORG/NAME, where the model will be.
 
     Raises:
@@ -272,6 +273,7 @@ def model_card(model: Any, results: dict[str, Any], repo_id: str) -> ModelCard:
         files="".join(f"\n- {line}" for line in files) + ("\n" if files else ""),
         changes=changes or "none",
         licence=licence or "none is stated",
+        epoch="best" if results.get("selected") else "last",
         split=run.get("best_epoch_split", "test"),
         run=run,
         results=results,

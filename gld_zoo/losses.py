@@ -8,6 +8,8 @@ Everything here is computed in float32, or in float64 for float64 input, with au
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -80,8 +82,10 @@ class GLDLoss(nn.Module):
         super().__init__()
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha={alpha} is not between 0 and 1")
-        if not (beta >= 0 and local_weight >= 0):
-            raise ValueError(f"beta={beta} and local_weight={local_weight} must not be negative")
+        if not (0 <= beta < math.inf and 0 <= local_weight < math.inf):
+            raise ValueError(
+                f"beta={beta} and local_weight={local_weight} must be finite and not negative"
+            )
         self.alpha = alpha
         self.beta = beta
         self.local_weight = local_weight
@@ -133,9 +137,10 @@ class GLDLoss(nn.Module):
 
 
 def _check_shapes(student: torch.Tensor, teacher: torch.Tensor, target: torch.Tensor) -> None:
-    if student.ndim != 3 or student.shape[1] < 2:
+    if student.ndim != 3 or student.shape[1] < 2 or not student.numel():
         raise ValueError(
-            f"student logits must be [B, 1+L, K] with L >= 1, got {list(student.shape)}"
+            f"student logits must be [B, 1+L, K] with B, L and K at least 1, got "
+            f"{list(student.shape)}"
         )
     if teacher.shape != student.shape:
         raise ValueError(

@@ -79,14 +79,16 @@ class _Relation(torch.autograd.Function):
             with _ieee_matmul():
                 value, gradient = _plain(s, t, world_size, with_gradient)
         if gradient is not None:
-            ctx.save_for_backward((gradient * (world_size / scale)).to(student.dtype))
+            # not yet in the student's type: float16 holds it only once the loss scale is in it
+            ctx.save_for_backward((gradient * (world_size / scale)).to(dtype))
+            ctx.student_dtype = student.dtype
         return value.to(dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_output, None, None
+        return (gradient * grad_output).to(ctx.student_dtype), None, None
 
 
 def _linear_is_cheaper(rows: int, classes: int) -> bool:
@@ -256,7 +258,13 @@ def _unit_distances(
 
 @contextlib.contextmanager
 def _ieee_matmul() -> Iterator[None]:
-    """Multiply float32 matrices in float32: autocast off turns neither TF32 nor bfloat16 off."""
+    """Multiply float32 matrices in float32: autocast off turns neither TF32 nor bfloat16 off.
+
+    What compiles cannot see nor set that; there the user's setting holds.
+    """
+    if torch.compiler.is_compiling():
+        yield
+        return
     if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch >= 2.9
         backends = [getattr(torch.backends, name).matmul for name in ("cuda", "mkldnn")]
         before = [backend.fp32_precision for backend in backends]

@@ -92,6 +92,9 @@ def launch(*options, processes=1, precision="no", script="distill.py"):
     command += ["--mixed_precision", precision]
     if processes > 1:  # accelerate starts one process on a CPU whatever it is told
         command = ["torch.distributed.run", "--nproc_per_node", str(processes), "--"]
+    environment = dict(os.environ, OMP_NUM_THREADS="1")
+    if not torch.accelerator.is_available():
+        del environment["ACCELERATE_USE_CPU"]  # which a user need not know
     paths = os.pathsep.join(map(str, (CHECKOUT, CHECKOUT / "train")))
     result = subprocess.run(
         [
@@ -104,7 +107,7 @@ def launch(*options, processes=1, precision="no", script="distill.py"):
         capture_output=True,
         text=True,
         timeout=240,
-        env=dict(os.environ, PYTHONPATH=paths, OMP_NUM_THREADS="1"),
+        env=dict(environment, PYTHONPATH=paths),
     )
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout + result.stderr

@@ -5,6 +5,8 @@ import json
 import pytest
 import timm
 import torch
+from torchvision.models.detection import ssd300_vgg16
+from torchvision.models.detection.image_list import ImageList
 
 import gld_zoo
 from gld_zoo.detection import MAPS, DenseSSD, create_ssd300
@@ -37,6 +39,16 @@ def test_maps_are_ssd300s(backbone):
     offsets, logits = DenseSSD(model)(torch.zeros(1, 3, 300, 300))
     assert offsets.shape == (1, 8732, 4)
     assert logits.shape == (1, 8732, 3)
+
+
+def test_default_boxes_are_those_of_torchvisions_ssd300(model):
+    theirs = ssd300_vgg16(weights=None, weights_backbone=None).anchor_generator
+    images = ImageList(torch.zeros(1, 3, 300, 300), [(300, 300)])
+    maps = [torch.zeros(1, 1, side, side) for side in MAPS]
+    for ours, expected in zip(
+        model.anchor_generator(images, maps), theirs(images, maps), strict=True
+    ):
+        torch.testing.assert_close(ours, expected)
 
 
 def test_losses_in_training_detections_in_evaluation(model):

@@ -182,6 +182,22 @@ def test_augmentation_keeps_an_objects_pixels_inside_its_box(tmp_path_factory, n
     assert near.sum() >= 0.7 * (x2 - x1) * (y2 - y1)
 
 
+def test_augmentation_is_ssds():
+    """Colours, zoom out to four times the side, a crop of an overlap, a flip: the paper's 3.6."""
+    steps = {type(step): step for step in training_transform(300, [0.5] * 3).transforms}
+    assert list(steps)[2:] == [
+        v2.RandomPhotometricDistort,
+        v2.RandomZoomOut,
+        v2.RandomIoUCrop,
+        v2.RandomHorizontalFlip,
+        v2.Resize,
+    ]
+    assert list(steps[v2.RandomZoomOut].side_range) == [1.0, 4.0]
+    assert steps[v2.RandomZoomOut].p == 0.5
+    assert steps[v2.RandomIoUCrop].options == [0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0]
+    assert steps[v2.RandomHorizontalFlip].p == 0.5
+
+
 def test_the_same_seed_gives_the_same_example(tmp_path):
     found = source(tmp_path, detection_rows([3]))
     transform = training_transform(80, [0.4] * 3)

@@ -10,11 +10,12 @@ import time
 import pytest
 import timm
 import torch
-from conftest import CHECKOUT, SMALL_RUN, launch, read_lines, write_dataset
-from datasets import load_dataset
+from conftest import CHECKOUT, FEATURES, SMALL_RUN, launch, read_lines, write_dataset
+from datasets import ClassLabel, Features, Image, load_dataset
 from safetensors.torch import load_file, save_file
 
 from distiller import accuracy
+from models import create_student
 from run_folder import summarize
 from totals import NonFiniteLossError, Totals
 
@@ -323,6 +324,35 @@ def test_teacher_of_other_classes_is_refused(teacher_run, tmp_path, distill):
         fails=True,
     )
     assert "has 4 classes and the dataset 100" in output
+
+
+@pytest.fixture(scope="session")
+def reordered(tmp_path_factory, rows):
+    """The images of `tiny_dataset`, their classes in another order."""
+    names = FEATURES["fine_label"].names[::-1]
+    features = Features(img=Image(), fine_label=ClassLabel(names=names))
+    columns = {
+        name: dict(part, fine_label=[3 - label for label in part["fine_label"]])
+        for name, part in rows.items()
+    }
+    return write_dataset(tmp_path_factory.mktemp("reordered"), columns, features)
+
+
+def test_a_teacher_with_the_classes_in_another_order_is_refused(
+    teacher_run, reordered, tmp_path, distill
+):
+    options = ["--teacher", f"local-dir:{teacher_run}/last", "--dataset", reordered]
+    output = distill(*SMALL_RUN, *options, "--run", tmp_path / "run", fails=True)
+    assert "another order: class 0 is 'apple' to it and 'bear' to the dataset" in output
+
+
+def test_a_student_of_other_classes_begins_with_a_new_classifier(teacher_run, reordered):
+    name, device = f"local-dir:{teacher_run}/last", torch.device("cpu")
+    kept = create_student(name, FEATURES["fine_label"].names, device, finetune="all")
+    new = create_student(name, FEATURES["fine_label"].names[::-1], device, finetune="all")
+    weights, others = kept.state_dict(), new.state_dict()
+    same = {key for key in weights if weights[key].equal(others[key])}
+    assert weights.keys() - same == {"fc.weight", "fc.bias"}
 
 
 def test_existing_runs_are_never_overwritten(student_run, tiny_dataset, tmp_path, distill):

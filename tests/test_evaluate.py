@@ -25,6 +25,11 @@ def test_calibration_error_is_the_gap_of_each_bin_weighed_by_its_images():
     expected = 100 * (abs(1 - 1.8) + abs(1 - 0.7) + abs(1 - 0.52)) / 4
     assert scores.calibration_error() == pytest.approx(expected, rel=1e-5)
     assert scores_of([[1 - 1e-9, 1e-9]], [0]).calibration_error() == pytest.approx(0, abs=1e-5)
+    # of fifteen bins .62 and .65 are in one, where the gaps cancel, and .69 in the next; of ten all
+    # would be in one
+    scores = scores_of([[0.62, 0.38], [0.65, 0.35], [0.69, 0.31]], [0, 1, 0])
+    expected = 100 * (abs(1 - 0.62 - 0.65) + 1 - 0.69) / 3
+    assert scores.calibration_error() == pytest.approx(expected, rel=1e-5)
 
 
 def test_top_k_and_agreement():

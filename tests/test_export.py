@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import SMALL_RUN, read_lines
+from conftest import SMALL_RUN, read_lines, write_dataset
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
@@ -130,7 +130,17 @@ def test_weights_selected_on_held_out_images_are_measured(distill, tiny_dataset,
     assert scores(tmp_path / "best")["Top-1"] == pytest.approx(summary["best_top1"])
     best = max(line["val_top1"] for line in read_lines(run / "metrics.jsonl"))
     text = " ".join((tmp_path / "best" / "README.md").read_text().split())
-    assert f"best epoch on the val images was {summary['best_epoch']} with {best:.2f} %" in text
+    found = f"best one on the val images was {summary['best_epoch']} with {best:.2f} %"
+    assert f"the weights are those of the best epoch, and the run's {found}" in text
+
+
+def test_a_streamed_run_is_exported_too(distill, rows, export, tmp_path):
+    folder, run = write_dataset(tmp_path / "data", rows), tmp_path / "run"
+    options = ["--streaming", "true", "--train_images", 64, "--workers", 0, "--epochs", 1]
+    distill(*SMALL_RUN, "--dataset", folder, "--run", run, *options)
+    export(run, tmp_path / "hub", "--float16")
+    top1 = json.loads((run / "summary.json").read_text())["top1"]
+    assert scores(tmp_path / "hub")["Top-1"] == pytest.approx(top1, abs=3)
 
 
 def test_mistakes_are_named_and_nothing_is_written(student_run, export, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from PIL import Image
 
 import figures
@@ -24,6 +25,21 @@ def test_activations_have_a_column_a_model_and_a_row_an_image(tmp_path):
     assert two[1] < one[1]
 
 
+def test_concentration_is_the_share_above_half_of_each_maps_peak(monkeypatch, capsys):
+    class Maps:
+        def forward_features(self, images):
+            maps = torch.zeros(len(images), 3, 4, 4)
+            maps[:, 1, 0, :3] = 1.0
+            maps[:, 2, 1, 0] = 2.0
+            maps[:, 0, 2, 2] = 1.5
+            maps[1::2] *= 7
+            return maps
+
+    monkeypatch.setattr(figures, "_model_and_inputs", lambda name, split: (Maps(), split.images))
+    figures.concentration(dict(x="any"), images=30)
+    assert capsys.readouterr().out == "x: 12.5% of 16 positions, mean of 30 images\n"
+
+
 def test_local_predictions_are_the_models_own(tmp_path, monkeypatch):
     """A model that gives every row of an image another class is written cell by cell."""
     texts = []
@@ -33,8 +49,6 @@ def test_local_predictions_are_the_models_own(tmp_path, monkeypatch):
     expected = [[4, 0, 1, 2, 3]]
 
     def logits(model, inputs, grid):
-        import torch
-
         return 9.0 * torch.nn.functional.one_hot(torch.tensor(expected), 100)
 
     monkeypatch.setattr(figures, "global_local_logits", logits)

@@ -190,3 +190,16 @@ def test_pruned_model_is_refused_and_a_reset_head_is_checked_again():
     model.prune_intermediate_layers([1])
     with pytest.raises(ValueError, match="no classifier"):
         model.forward_logits(images)
+
+
+def test_a_head_with_another_pooling_is_refused_before_it_can_be_compiled():
+    model = timm.create_model("resnet18", num_classes=5, global_pool="max")
+    with pytest.raises(ValueError, match="does not begin with average pooling"):
+        GlobalLocal(model)
+
+
+def test_checking_a_head_leaves_the_random_state_alone():
+    model = timm.create_model("gld_resnet20")
+    before = torch.random.get_rng_state()
+    GlobalLocal(model.eval())
+    assert torch.equal(torch.random.get_rng_state(), before)

@@ -14,6 +14,14 @@ import pytest
 from conftest import CHECKOUT, SMALL_RUN, launch, read_lines, write_dataset
 
 from interruption import Interruption
+from trainer import Trainer
+
+
+class Alone:
+    """An accelerator of one process."""
+
+    num_processes = 1
+    is_local_main_process = True
 
 
 def assert_same_result(run, expected):
@@ -91,11 +99,49 @@ def test_a_signal_to_all_processes_spares_the_workers_that_read(
 def test_several_processes_stop_at_an_epochs_end_however_few_its_steps(student_run, tmp_path):
     run = tmp_path / "run"
     options = ["--config", student_run / "recipe.yaml", "--run", run, "--max_minutes", 0]
-    assert "stopped by max_minutes after epoch 1; go on with --resume" in launch(
-        *options, processes=2
-    )
-    assert len(read_lines(run / "metrics.jsonl")) == 1
+    output = launch(*options, processes=2)
+    assert "stopped by max_minutes at step 4 of epoch 1; go on with --resume" in output
+    assert not (run / "metrics.jsonl").exists()
     assert not (run / "summary.json").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_before_training_a_signal_ends_the_run_at_once(
+    student_run, tmp_path, distill, number, interruptible, monkeypatch
+):
+    monkeypatch.setattr(Trainer, "introduction", lambda self: os.kill(os.getpid(), number))
+    before = signal.getsignal(number)
+    output = distill("--config", student_run / "recipe.yaml", "--run", tmp_path / "run")
+    assert f"stopped by {number.name} before training; nothing was lost" in output
+    assert signal.getsignal(number) == before
+
+
+@pytest.mark.parametrize("kind", ["memory", "loader", "stream"])
+def test_a_run_killed_while_an_epoch_is_measured_has_its_steps(
+    rows, tmp_path, distill, kind, monkeypatch
+):
+    folder = write_dataset(tmp_path / "data", rows)
+    options = [*SMALL_RUN, "--dataset", folder]
+    if kind != "memory":
+        options += ["--workers", 0, "--in_memory", "false" if kind == "loader" else "null"]
+    if kind == "stream":
+        options += ["--streaming", "true", "--train_images", 64]
+    distill(*options, "--run", tmp_path / "whole")
+    monkeypatch.setattr("interruption.BEFORE_MEASURING", 0.0)
+    close_epoch, run = Trainer.close_epoch, tmp_path / "run"
+
+    def close_first_epoch(self, epoch):
+        if epoch:
+            raise RuntimeError("killed")
+        return close_epoch(self, epoch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "close_epoch", close_first_epoch)
+        with pytest.raises(RuntimeError, match="killed"):
+            distill(*options, "--run", run)
+    output = distill(*options, "--run", run, "--resume")
+    assert f"after 1 epochs and {4 if kind == 'stream' else 5} steps" in output
+    assert_same_result(run, tmp_path / "whole")
 
 
 @pytest.fixture
@@ -107,10 +153,8 @@ def interruptible():
 
 
 def test_the_second_ctrl_c_is_not_held_back(interruptible, monkeypatch):
-    class Alone:
-        num_processes = 1
-
     with Interruption(Alone(), max_minutes=None, checkpoint_minutes=1) as interruption:
+        interruption.begin()
         handler = signal.getsignal(signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)  # the same key, passed on by a launcher
@@ -122,10 +166,8 @@ def test_the_second_ctrl_c_is_not_held_back(interruptible, monkeypatch):
 
 
 def test_sigterm_sent_again_does_not_end_the_run_before_its_checkpoint(interruptible):
-    class Alone:
-        num_processes = 1
-
     with Interruption(Alone(), max_minutes=None, checkpoint_minutes=1) as interruption:
+        interruption.begin()
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
             os.kill(os.getpid(), number)
         assert interruption.due(3) == (True, True)
@@ -290,7 +332,7 @@ def test_images_read_when_needed_train_and_resume_too(tiny_dataset, tmp_path, di
     distill(*options, "--run", tmp_path / "whole")
     run = tmp_path / "run"
     distill(*options, "--run", run, "--max_minutes", 0)
-    distill(*options, "--run", run, "--resume", "--workers", 0)
+    distill(*options, "--run", run, "--resume", "--workers", 0, "--max_minutes", "null")
     assert_same_result(run, tmp_path / "whole")
     config = json.loads((run / "last" / "config.json").read_text())
     assert config["pretrained_cfg"]["crop_pct"] == 0.875

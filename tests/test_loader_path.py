@@ -6,11 +6,13 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import CHECKOUT, FEATURES, write_dataset
 from datasets import Dataset
 from PIL import Image as PILImage
+from torchvision.transforms import v2
 
 from batches import Normalize, Share, Transforms
 from loader_path import LoaderBatches, StreamBatches, loader_eval
@@ -70,6 +72,18 @@ def test_augmentation_differs_between_images_and_epochs_and_leaves_the_global_ge
     second, _ = collect(batches.epoch(1))
     assert len({tuple(image.flatten().tolist()) for image in first.flatten(0, 1)}) == 64
     assert first.mean() != second.mean()
+
+
+def test_the_padded_crops_are_drawn_over_the_border_and_mirrored():
+    step = Transforms(6, crop_padding=2).training()
+    place = PILImage.fromarray(np.arange(1, 37, dtype=np.uint8).reshape(6, 6)).convert("RGB")
+    centres = [step(place)[0, 2, 2:4].int() - 1 for _ in range(300)]
+    mirrored = sum(bool(pair[1] < pair[0]) for pair in centres)
+    assert {int(pair[0]) // 6 for pair in centres} == {0, 1, 2, 3, 4}
+    assert {int(pair.min()) % 6 for pair in centres} == {0, 1, 2, 3, 4}
+    assert 110 < mirrored < 190
+    still = Transforms(6, crop_padding=0, flip=False).training()
+    assert torch.equal(still(place), v2.functional.pil_to_tensor(place))
 
 
 def test_measured_images_are_those_of_the_tensor_path(source):

@@ -167,6 +167,69 @@ def test_validation_stands_in_for_a_missing_test_split(tmp_path, rows):
         ImageSource(str(folder), test_split="test")
 
 
+def test_a_test_split_is_held_out_where_there_is_none(tmp_path, rows):
+    folder = write_dataset(tmp_path, dict(train=rows["train"]))
+    with pytest.raises(DataError, match=r"no split to measure on, only train; .* test_fraction"):
+        ImageSource(str(folder))
+    with pytest.raises(DataError, match="takes the place of test_split='train'"):
+        ImageSource(str(folder), test_fraction=0.2, test_split="train")
+    first, second = (ImageSource(str(folder), test_fraction=0.2) for _ in range(2))
+    assert first.test.numbers.tolist() == second.test.numbers.tolist()
+    labels = torch.tensor(rows["train"]["fine_label"])
+    assert labels[first.test.numbers].bincount().tolist() == [
+        round(0.2 * count) for count in labels.bincount().tolist()
+    ]
+    assert torch.equal(labels[first.test.numbers], first.test.labels())
+    assert sorted([*first.train.numbers.tolist(), *first.test.numbers.tolist()]) == [*range(80)]
+    for part in first.train.hold_out(0.5, 3):  # rows keep their number in the dataset
+        assert torch.equal(labels[part.numbers], part.labels())
+
+
+def test_classes_may_be_words_in_a_column_that_is_named(tmp_path, rows):
+    words = ["dog", "cat", "bee", "dog", "cat"]
+    features = Features(img=Image(), kind=Value("string"))
+    images = {name: columns["img"][:5] for name, columns in rows.items()}
+    columns = dict(train=dict(img=images["train"], kind=words))
+    columns["test"] = dict(img=images["test"], kind=words[::-1])
+    folder = write_dataset(tmp_path / "good", columns, features)
+    with pytest.raises(DataError, match=r"name one by label_column; .* kind \(string\)"):
+        ImageSource(str(folder))
+    source = ImageSource(str(folder), label_column="kind")
+    assert source.label_names == ["bee", "cat", "dog"]
+    train, test = decoded(source, 32)
+    assert train.labels.tolist() == [2, 1, 0, 2, 1]
+    assert test.labels.tolist() == [1, 2, 0, 1, 2]
+    item = source.train.table[1]
+    assert source.train.example(1, item)[1] == 1
+    columns["test"]["kind"] = ["cat", "cow", "cat", "cat", "cow"]
+    unknown = ImageSource(
+        str(write_dataset(tmp_path / "other", columns, features)), label_column="kind"
+    )
+    message = r"row 1 of split 'test' .* label 'cow', not a class \(2 such rows\)"
+    with pytest.raises(DataError, match=message):
+        decoded(unknown, 32)
+    with pytest.raises(DataError, match="of type string, whose classes a stream does not tell"):
+        ImageSource(str(folder), label_column="kind", streaming=True)
+
+
+def test_a_dataset_of_several_configs_wants_one_named(tmp_path, rows):
+    for name, count in dict(small=4, large=8).items():
+        part = {key: column[:count] for key, column in rows["train"].items()}
+        write_dataset(tmp_path / name, dict(train=part, test=part))
+    lines = []
+    for name in ("small", "large"):
+        lines += [f"- config_name: {name}", "  data_files:"]
+        lines += [
+            f"  - {{split: {split}, path: {name}/data/{split}-*}}" for split in ("train", "test")
+        ]
+    (tmp_path / "README.md").write_text("\n".join(["---", "configs:", *lines, "---", ""]))
+    with pytest.raises(DataError, match=r"(?s)'large'.*name one by dataset_config"):
+        ImageSource(str(tmp_path))
+    assert len(ImageSource(str(tmp_path), config="large").train) == 8
+    with pytest.raises(DataError, match="dataset_revision='main' is for a hub id"):
+        ImageSource(str(tmp_path), config="large", revision="main")
+
+
 def test_a_folder_without_images_is_refused(tmp_path):
     (tmp_path / "notes.md").write_text("nothing here")
     with pytest.raises(DataError, match="neither in hub layout nor an image folder"):
@@ -206,6 +269,26 @@ def test_batches_are_crops_of_the_padded_images(split):
                 for flip in (False, True)
             )
             assert any(torch.allclose(image, candidate, atol=1e-5) for candidate in candidates)
+
+
+def test_every_offset_is_drawn_and_half_are_mirrored():
+    """An image whose pixels tell their place: what a crop shows says which it is."""
+    size, padding, count = 6, 2, 1000
+    place = torch.arange(1, size**2 + 1, dtype=torch.uint8).reshape(size, size, 1)
+    split = Split(place.expand(count, size, size, 3).clone(), torch.zeros(count, dtype=torch.int64))
+    plain = Normalize((0, 0, 0), (1 / 255,) * 3, torch.device("cpu"))
+    batches = TensorBatches(
+        split, plain, batch_size=count, crop_padding=padding, flip=True, seed=0, share=Share()
+    )
+    ((images, _),) = batches.epoch(0)
+    centre = images[:, 0, 2, 2].round().long() - 1  # always of the image, and tells its offset
+    tops, lefts = centre // size, centre % size
+    mirrored = images[:, 0, 2, 3].round().long() - 1 < centre
+    # mirrored, the pixel at column 2 is the one at column 3 of the crop
+    for drawn in (tops, lefts - mirrored.long()):
+        assert sorted(set(drawn.tolist())) == [*range(2 * padding + 1)]
+        assert all(150 < times < 250 for times in drawn.bincount().tolist())
+    assert 450 < mirrored.sum() < 550
 
 
 def test_without_augmentation_batches_are_the_normalised_images(split):

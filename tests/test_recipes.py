@@ -116,8 +116,8 @@ def test_every_recipe_builds_its_models_and_takes_a_step(path, tiny_dataset, tmp
     assert len(terms) == (5 if recipe.teacher else 2)
 
 
-def build_teacher(name, num_classes, device):
-    teacher = timm.create_model(architecture(name), num_classes=num_classes)
+def build_teacher(name, label_names, device):
+    teacher = timm.create_model(architecture(name), num_classes=len(label_names))
     return teacher.eval().requires_grad_(False)
 
 
@@ -148,13 +148,27 @@ def test_short_schedules_begin_at_the_full_rate(epochs, rates):
     assert [recipe.lr_at(epoch) for epoch in range(epochs)] == pytest.approx(rates)
 
 
+def test_no_drop_comes_before_the_first_epoch_is_done():
+    recipe = Recipe(student="gld_resnet20", epochs=2, lr_drops=[0.1, 0.2])
+    assert [recipe.lr_at(epoch) for epoch in (0, 0.9, 1)] == pytest.approx([0.1, 0.1, 0.001])
+
+
 def test_command_line_goes_before_the_file_and_the_file_before_the_defaults(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("student: gld_resnet20\nlr: 5e-2\nepochs: 7\n")
-    command = parse_command(Recipe, "", ["--config", str(path), "--epochs", "3"])
-    assert (command.recipe.lr, command.recipe.epochs, command.recipe.batch_size) == (0.05, 3, 64)
-    assert command.run == Path("runs/mine-0")
-    assert not command.resume
+    for given in (["--config", str(path), "--epochs", "3"], ["--epochs", "3", f"--config={path}"]):
+        command = parse_command(Recipe, "", given)
+        recipe = command.recipe
+        assert (recipe.lr, recipe.epochs, recipe.batch_size) == (0.05, 3, 64)
+        assert command.run == Path("runs/mine-0")
+        assert not command.resume
+
+
+def test_a_run_goes_on_with_its_own_recipe_under_what_is_given(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("student: gld_resnet20\nlr: 5e-2\n")
+    given = ["--student", "gld_resnet20", "--resume", "--threads", "1", "--run", str(tmp_path)]
+    recipe = parse_command(Recipe, "", given).recipe
+    assert (recipe.lr, recipe.threads) == (0.05, 1)
 
 
 def test_saved_recipe_reads_back_the_same(tmp_path):
@@ -176,6 +190,7 @@ def test_saved_recipe_reads_back_the_same(tmp_path):
         ("student: gld_resnet20\nepochs: soon\n", "epochs"),
         ("student: gld_resnet20\nlr_drops: [0.5, 1.5]\n", "lr_drops"),
         ("student: gld_resnet20\nbatch_size: 0\n", "batch_size=0"),
+        ("student: gld_resnet20\nbatch_size:\n", "batch_size has no value"),
         ("epochs: 3\n", "student"),
     ],
 )

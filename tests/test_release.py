@@ -1,5 +1,6 @@
 """Releasing runs: what is written is what was trained, and mistakes are refused."""
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 
 import release
 from finished_run import FinishedRun
+from recipe import Recipe
 from run_folder import RunError
 
 
@@ -38,7 +40,13 @@ def released(runs, dataset, **options):
 def test_a_shipped_file_is_measured_and_kept_with_its_log(student_run, tiny_dataset, package):
     entry = released([student_run], tiny_dataset)
     summary = json.loads((student_run / "summary.json").read_text())
-    assert entry["runs"][0]["top1"] == pytest.approx(summary["top1"], abs=0.01)
+    (run,) = entry["runs"]
+    assert run["top1"] == pytest.approx(summary["top1"], abs=0.01)
+    assert (run["best_epoch"], run["best_epoch_top1"]) == (
+        summary["best_epoch"],
+        summary["best_epoch_top1"],
+    )
+    assert entry["schedule"] == "SGD, batch 16, lr 0.05 x0.1 at 50% and 75%"
     assert entry["changes"] == dict(batch_size=16, epochs=2, lr=0.05, teacher="gld_wrn16_2.theirs")
     assert entry["teacher"] == dict(summary["teacher"], name="gld_wrn16_2.theirs")
     assert entry["dataset"] == tiny_dataset.name
@@ -48,6 +56,37 @@ def test_a_shipped_file_is_measured_and_kept_with_its_log(student_run, tiny_data
     assert log == (student_run / "metrics.jsonl").read_text()
     stored = json.loads((package / "weights" / "gld_wrn16_1.mine.logits.json").read_text())
     assert torch.tensor(stored["logits"]).shape == (2, 4)
+
+
+def test_a_run_tells_all_its_launches_and_its_hours(student_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(student_run, run)
+    environment = json.loads((run / "env.json").read_text())
+    again = [dict(environment, commit="b", threads=2), dict(environment, commit="a")]
+    environment.update(commit="a", threads=1, processor="x86_64, 4 cores", resumed=again)
+    (run / "env.json").write_text(json.dumps(environment))
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps(dict(summary, seconds=9000, best_epoch_top1=77)))
+    finished = FinishedRun.load(run)
+    assert finished.description()["hardware"] == "cpu, x86_64, 4 cores, 1 and 2 threads"
+    scores = finished.scores()
+    assert (scores["commit"], scores["hours"], scores["best_epoch_top1"]) == ("a, b", 2.5, 77)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (dict(lr_drops=[]), "SGD, batch 64, lr 0.1"),
+        (dict(lr_drops=[0.3], lr_decay=0.2), "SGD, batch 64, lr 0.1 x0.2 at 30%"),
+        (dict(lr_power=0.9), "SGD, batch 64, lr 0.1 times (1 - share of the epochs)^0.9"),
+        (dict(lr_drops=[], warmup_epochs=2), "SGD, batch 64, lr 0.1 after a warm-up of 2 epochs"),
+    ],
+)
+def test_schedules_are_told_in_words(student_run, options, words):
+    finished = dataclasses.replace(
+        FinishedRun.load(student_run), recipe=Recipe(student="gld_wrn16_1", **options)
+    )
+    assert finished.description()["schedule"] == words
 
 
 def test_float16_is_for_matrices_and_filters_alone(student_run, tiny_dataset, package):
@@ -89,7 +128,7 @@ def test_runs_that_do_not_belong_are_refused(
     wrong = tmp_path / "wrong"
     shutil.copytree(student_run, wrong)
     summary = json.loads((wrong / "summary.json").read_text())
-    (wrong / "summary.json").write_text(json.dumps(dict(summary, top1=99.0)))
+    (wrong / "summary.json").write_text(json.dumps(dict(summary, top1=summary["top1"] + 0.02)))
     released([student_run], tiny_dataset)
     before = {path: path.read_bytes() for path in (package / "weights").iterdir()}
     old = tmp_path / "old"
@@ -97,7 +136,7 @@ def test_runs_that_do_not_belong_are_refused(
     (old / "summary.json").write_text(json.dumps(dict(top1=1.0, top5=2.0)))
     with pytest.raises(RunError, match="did not record its teacher; delete its"):
         released([old], tiny_dataset)
-    with pytest.raises(ValueError, match=r"its log says 99\.00"):
+    with pytest.raises(ValueError, match=f"its log says {summary['top1'] + 0.02:.2f}"):
         released([wrong], tiny_dataset)
     assert {path: path.read_bytes() for path in (package / "weights").iterdir()} == before
     on_record(package, "gld_wrn16_2.another", student_run)

@@ -5,7 +5,7 @@ import torch
 
 import gld_zoo
 from gld_zoo.downstream import load_downstream, save_downstream
-from gld_zoo.segmentation import create_deeplabv3plus
+from gld_zoo.segmentation import _resize, create_deeplabv3plus
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +36,13 @@ def test_output_stride_and_rates(output_stride, rates):
     assert (low.shape[-1], deep.shape[-1]) == (16, 64 // output_stride)
     found = [layer.dilation[0] for layer in model.aspp.modules() if hasattr(layer, "dilation")]
     assert tuple(rate for rate in found if rate > 1) == rates
+
+
+def test_logits_are_enlarged_by_their_pixels_centres():
+    """As torch does by default; with aligned corners a network would differ between sizes."""
+    ramp = torch.arange(4.0).expand(1, 1, 4, 4)
+    enlarged = _resize(ramp, torch.zeros(1, 1, 8, 8))
+    assert enlarged[0, 0, 0].tolist() == [0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3]
 
 
 def test_every_part_learns(model):

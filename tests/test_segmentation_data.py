@@ -83,6 +83,17 @@ def test_augmentation_keeps_classes_on_their_pixels(tmp_path_factory, number):
         assert (pixels[:, moved == 255] == 0).all()
 
 
+def test_augmentation_scales_by_half_to_two(tmp_path):
+    """The object's pixels, against those at scale 1: crops can cut it, scales alone enlarge it."""
+    mask = np.zeros((90, 120), np.uint8)
+    mask[40:50, 55:65] = 1
+    found = first(source(tmp_path, [(np.zeros((90, 120, 3), np.uint8), mask)]))
+    transform = training_transform(120, (0.0,) * 3)
+    counts = [(transform_under(transform, found, seed)[1] == 1).sum().item() for seed in range(60)]
+    assert min(counts) <= 100 * 0.6**2
+    assert 100 * 1.8**2 <= max(counts) <= 100 * 2.1**2
+
+
 def test_a_measured_image_fits_and_its_mask_stays(tmp_path):
     image, mask = MeasuringTransform(48)(*first(source(tmp_path, [(IMAGE, MASK)])))
     assert image.shape == (3, 36, 48)

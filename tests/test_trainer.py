@@ -1,5 +1,8 @@
 """The training loop's step from inside: nothing that waits for a device, one loss for all."""
 
+import copy
+import itertools
+
 import pytest
 import timm
 import torch
@@ -8,7 +11,7 @@ from accelerate import Accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distiller import Distiller
-from gld_zoo import GlobalLocal
+from gld_zoo import GlobalLocal, logit_kl, relation
 from gld_zoo.heads import classifiers
 from gld_zoo.hub import save_pretrained
 from models import GlobalOnly, create_student, set_training_mode
@@ -69,6 +72,45 @@ def test_steps_read_nothing_from_the_device(
     assert trainer.totals.means()["loss"] > 0
 
 
+def test_two_steps_are_those_of_sgd_written_out(tiny_dataset, tmp_path):
+    options = dict(lr=0.05, momentum=0.8, weight_decay=0.01)
+    trainer = build(tiny_dataset, tmp_path, **options)
+    network, theirs = copy.deepcopy(trainer.network), []
+    for images, target in itertools.islice(trainer.data.train.epoch(0), 2):
+        network.zero_grad()
+        F.cross_entropy(network(images), target).backward()
+        with torch.no_grad():
+            theirs = [
+                (theirs[i] * 0.8 if theirs else 0) + weight.grad + 0.01 * weight
+                for i, weight in enumerate(network.parameters())
+            ]
+            for weight, momentum in zip(network.parameters(), theirs, strict=True):
+                weight -= 0.05 * momentum
+        trainer.set_learning_rate(0)
+        trainer.step(images, target)
+    for ours, expected in zip(trainer.network.parameters(), network.parameters(), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_recipes_weights_and_grid_are_those_of_the_loss(tiny_dataset, teacher_run, tmp_path):
+    teacher = f"local-dir:{teacher_run}/last"
+    options = dict(alpha=0.25, beta=30.0, local_weight=2.5, grid=3)
+    trainer = build(tiny_dataset, tmp_path, teacher=teacher, **options)
+    images, target = next(trainer.data.train.epoch(0))
+    terms, _ = trainer.forward(images, target)
+    student, taught = trainer.network(images), trainer.teacher(images)
+    assert student.shape[1] == 1 + 9
+    divergence = logit_kl(student, taught).mean(0)
+    expected = dict(
+        loss_ce=0.75 * F.cross_entropy(student[:, 0], target),
+        loss_global=0.25 * divergence[0],
+        loss_local=2.5 * divergence[1:].sum(),
+        loss_relation=30 * relation(student.flatten(0, 1), taught.flatten(0, 1)),
+    )
+    for name, value in expected.items():
+        torch.testing.assert_close(terms[name], value, rtol=1e-5, atol=1e-7)
+
+
 def test_without_a_teacher_the_loss_is_cross_entropy(tiny_dataset, tmp_path):
     trainer = build(tiny_dataset, tmp_path)
     images, target = next(trainer.data.train.epoch(0))
@@ -79,7 +121,9 @@ def test_without_a_teacher_the_loss_is_cross_entropy(tiny_dataset, tmp_path):
 
 def test_both_classifiers_of_a_model_are_trained_alone(tmp_path):
     save_pretrained(timm.create_model("efficientformerv2_s0", num_classes=4), tmp_path)
-    student = create_student(f"local-dir:{tmp_path}", 4, torch.device("cpu"), finetune="classifier")
+    student = create_student(
+        f"local-dir:{tmp_path}", list("abcd"), torch.device("cpu"), finetune="classifier"
+    )
     trained = {name.split(".")[0] for name, p in student.named_parameters() if p.requires_grad}
     assert trained == {"head", "head_dist"}
     set_training_mode(student, "classifier")

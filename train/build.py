@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -37,7 +38,7 @@ class Models(NamedTuple):
     teacher_sha256: str | None
 
 
-def build_models(recipe: Recipe, num_classes: int, accelerator: Accelerator) -> Models:
+def build_models(recipe: Recipe, label_names: Sequence[str], accelerator: Accelerator) -> Models:
     """Build a recipe's models on a device, the student's weights drawn by the recipe's seed.
 
     Raises:
@@ -45,7 +46,7 @@ def build_models(recipe: Recipe, num_classes: int, accelerator: Accelerator) -> 
     """
     device = accelerator.device
     torch.manual_seed(derive_seed(recipe.seed))
-    student = create_student(recipe.student, num_classes, device, finetune=recipe.finetune)
+    student = create_student(recipe.student, label_names, device, finetune=recipe.finetune)
     if recipe.sync_batch_norm and accelerator.num_processes > 1:
         student = synchronise_batch_norm(student, device)
     config = resolve_data_config(student, recipe.image_size, recipe.crop_pct)
@@ -53,10 +54,13 @@ def build_models(recipe: Recipe, num_classes: int, accelerator: Accelerator) -> 
     teacher, sha256 = None, None
     if recipe.teacher:
         network = GlobalLocal(student, recipe.grid)
-        model = create_teacher(recipe.teacher, num_classes, device)
+        model = create_teacher(recipe.teacher, label_names, device)
         sha256 = weights_sha256(model)  # before its batch norm is folded
         teacher = Teacher(model, recipe.grid, config["mean"], config["std"])
-    _check(network, teacher, config["input_size"], device)
+    size = config["input_size"]
+    _check(f"student {recipe.student!r}", network.eval(), size, device)
+    if teacher:
+        _check(f"teacher {recipe.teacher!r}", teacher, size, device)
     if recipe.compile:
         # CUDA graphs: small models are bound by the launches of their kernels
         mode = "reduce-overhead" if device.type == "cuda" else None
@@ -67,14 +71,12 @@ def build_models(recipe: Recipe, num_classes: int, accelerator: Accelerator) -> 
 
 
 @torch.no_grad()
-def _check(
-    network: nn.Module, teacher: Teacher | None, size: tuple[int, ...], device: torch.device
-) -> None:
-    """Show both models two images: what they refuse is refused before the first epoch."""
+def _check(name: str, model: nn.Module, size: tuple[int, ...], device: torch.device) -> None:
+    """Show a model two images: what it refuses is refused before the first epoch."""
     images = torch.zeros((2, *size), device=device)
     try:
-        network.eval()(images)
-        if teacher:
-            teacher(images)
+        model(images)
     except (ValueError, RuntimeError, AssertionError) as error:
-        raise ModelError(f"the models cannot take {size[-1]}x{size[-1]} images: {error}") from error
+        raise ModelError(
+            f"{name} cannot be used on {size[-1]}x{size[-1]} images: {error}"
+        ) from error

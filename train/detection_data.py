@@ -34,6 +34,7 @@ class DetectionSource:
 
     Args:
         name: Hub id or folder in hub layout.
+        config, revision: Of a dataset that has several; None takes its only or default one.
         train_split, test_split: Names of the splits; None takes 'test', else 'validation'.
         image_column: None takes the first of images.
         objects_column: The boxes'.
@@ -47,13 +48,15 @@ class DetectionSource:
         self,
         name: str,
         *,
+        config: str | None = None,
+        revision: str | None = None,
         train_split: str = "train",
         test_split: str | None = None,
         image_column: str | None = None,
         objects_column: str = "objects",
         bbox_format: Format = "xyxy",
     ) -> None:
-        splits = open_dataset(name)
+        splits = open_dataset(name, config, revision)
         train, test = pick_splits(name, splits, train_split, test_split)
         features = splits[train].features
         image = pick_column(name, features, image_column, Image, "image_column")

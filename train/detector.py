@@ -83,6 +83,8 @@ class Detector(TransferTrainer):
         recipe = self.recipe
         self.source = DetectionSource(
             recipe.dataset,
+            config=recipe.dataset_config,
+            revision=recipe.dataset_revision,
             train_split=recipe.train_split,
             test_split=recipe.test_split,
             image_column=recipe.image_column,

@@ -3,7 +3,7 @@
     accelerate launch --cpu train/distill.py --config train/recipes/quickstart.yaml
     accelerate launch --mixed_precision bf16 train/distill.py --config FILE --seed 1
     accelerate launch --num_processes 4 train/distill.py --config FILE --resume
-    torchrun --nproc_per_node 2 -- train/distill.py --config FILE --run DIR  # two CPU processes
+    torchrun --nproc_per_node 2 -- train/distill.py --config FILE --run DIR  # on CPUs too
 
 Precision, devices and process count are Accelerate's. Options: `--help`.
 """

@@ -34,7 +34,7 @@ class Distiller(Trainer):
         """Return the images, the student, and the student with its local logits."""
         recipe, accelerator = self.recipe, self.accelerator
         self.source = open_source(recipe)
-        self.models = build_models(recipe, len(self.source.label_names), accelerator)
+        self.models = build_models(recipe, self.source.label_names, accelerator)
         self.student, self.teacher = self.models.student, self.models.teacher
         self.config = self.models.config
         self.criterion = GLDLoss(

@@ -89,14 +89,13 @@ def evaluate(
         DataError: If the dataset does not fit.
         ModelError: If a model does not.
     """
-    classes = len(source.label_names)
-    model = create_teacher(resolve_name(name), classes, device, role="model")
+    model = create_teacher(resolve_name(name), source.label_names, device, role="model")
     config = resolve_model_data_config(model)
     size, mean, std = square_size(config, image_size), config["mean"], config["std"]
     check_takes(name, model, size, device)
     reference = None
     if teacher:  # before the images are read, so that its mistakes cost nothing
-        theirs = create_teacher(resolve_name(teacher), classes, device)
+        theirs = create_teacher(resolve_name(teacher), source.label_names, device)
         check_takes(teacher, theirs, size, device)
         reference = Teacher(theirs, 1, mean, std)
     missing = missing_local_rows(model, size, grid, device)
@@ -111,12 +110,14 @@ def evaluate(
         image_size=size,
         top1=scores.top(1),
         top5=scores.top(5),
-        local_top1=missing or [scores.top(1, row) for row in range(1, scores.logits.shape[1])],
         calibration_error=scores.calibration_error(),
         parameters=sum(weight.numel() for weight in model.parameters()),
         macs=count_macs(model, size, device),
         images_per_second=len(scores.target) / scores.seconds,
     )
+    if grid:
+        rows = range(1, scores.logits.shape[1])
+        result.update(local_top1=missing or [scores.top(1, row) for row in rows])
     if reference:
         guesses = predict(reference.classify, batches, 0)
         result.update(
@@ -271,8 +272,13 @@ def _wait(device: torch.device) -> None:
 def add_source_options(parser: ArgumentParser) -> None:
     """Give a parser the options that name a dataset, its splits and columns."""
     parser.add_argument("--dataset", type=str, required=True, help="hub id or folder")
+    parser.add_argument("--dataset_config", type=str | None, help="name of one of its configs")
+    parser.add_argument("--dataset_revision", type=str | None, help="branch, tag or commit")
     parser.add_argument("--train_split", type=str, default="train", help="split of training images")
     parser.add_argument("--test_split", type=str | None, help="null: 'test', else 'validation'")
+    parser.add_argument(
+        "--test_fraction", type=float, default=0.0, help="of train, as it was set for a run"
+    )
     parser.add_argument("--image_column", type=str | None, help="null takes the first of images")
     parser.add_argument("--label_column", type=str | None, help="null takes the first of classes")
 
@@ -281,8 +287,11 @@ def open_source(options: Namespace) -> ImageSource:
     """Find the dataset that `add_source_options`' options name."""
     return ImageSource(
         options.dataset,
+        config=options.dataset_config,
+        revision=options.dataset_revision,
         train_split=options.train_split,
         test_split=options.test_split,
+        test_fraction=options.test_fraction,
         image_column=options.image_column,
         label_column=options.label_column,
     )

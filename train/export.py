@@ -82,7 +82,9 @@ def export(
     source = None
     if not as_trained or int8:
         place = dataset or finished.summary["dataset"]
-        source = open_source(replace(finished.recipe, dataset=place, streaming=False))
+        source = open_source(
+            replace(finished.recipe, dataset=place, streaming=False, train_images=None)
+        )
     with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as temporary:
@@ -110,6 +112,7 @@ def export(
             entry = dict(
                 finished.description(),
                 teacher=portable.teacher,
+                selected=weights == "best",
                 finetuned_from=portable.student if portable.finetune else None,
                 recipe="recipe.yaml",
                 changes={},

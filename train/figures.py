@@ -1,6 +1,7 @@
 """Draw figures of our own runs: those of the paper's supplementary material, and curves.
 
     python train/figures.py activations --models '{global: RUN, local: RUN}' --out FILE.png
+    python train/figures.py concentration --models '{global: RUN, local: RUN}' --dataset DIR
     python train/figures.py local_predictions --models '{alone: MODEL, GLD: MODEL}' --out FILE.png
     python train/figures.py components --out FILE.png
     python train/figures.py curves --runs '{pretrained: RUN, random: RUN}' --metrics '[test_miou]' \
@@ -63,6 +64,23 @@ def activations(
         for row in range(len(maps)):
             axes[row, column].imshow(maps[row], cmap="viridis")
     _save(figure, out)
+
+
+@torch.no_grad()
+def concentration(models: dict[str, str], dataset: str = BUNDLED, images: int = 2000) -> None:
+    """Print how wide the maps of `activations` are: the share of a map above half its maximum.
+
+    Args:
+        models: Label and model.
+        dataset: Hub id or folder of the images.
+        images: How many of its test split to average over, from the first on.
+    """
+    _, split = _images(dataset, list(range(images)))
+    for label, name in models.items():
+        model, inputs = _model_and_inputs(name, split)
+        maps = torch.cat([model.forward_features(part).amax(1) for part in inputs.split(250)])
+        wide = (maps > maps.amax((1, 2), keepdim=True) / 2).double().mean()
+        print(f"{label}: {wide:.1%} of {maps[0].numel()} positions, mean of {len(maps)} images")
 
 
 def local_predictions(
@@ -230,4 +248,6 @@ def _save(figure: Any, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    auto_cli([activations, local_predictions, components, curves], as_positional=False)
+    auto_cli(
+        [activations, concentration, local_predictions, components, curves], as_positional=False
+    )

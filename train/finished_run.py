@@ -51,6 +51,11 @@ class FinishedRun:
         folder = self.summary.get("dataset_is_folder", Path(name).is_absolute())
         return Path(name).name if folder else name
 
+    @property
+    def launches(self) -> list[dict[str, Any]]:
+        """The environments of its first launch and of each that went on with it."""
+        return [self.environment, *self.environment.get("resumed", [])]
+
     def portable(self) -> Recipe:
         """Return its recipe without folders of this machine: of those only the name is left."""
         student, teacher = self.recipe.student, self.recipe.teacher
@@ -68,10 +73,9 @@ class FinishedRun:
             dataset=self.dataset,
             train_images=self.summary["train_images"],
             epochs=recipe.epochs,
-            schedule=f"SGD, batch {recipe.batch_size}, lr {recipe.lr:g} x{recipe.lr_decay:g} at "
-            + " and ".join(f"{drop:.0%}" for drop in recipe.lr_drops),
+            schedule=_schedule(recipe),
             precision=environment["mixed_precision"],
-            hardware=f"{environment['device']}, {environment['processor']}",
+            hardware=_hardware(self.launches),
             versions=environment["versions"],
         )
 
@@ -85,9 +89,33 @@ class FinishedRun:
             best_epoch=summary["best_epoch"],
             best_epoch_top1=summary["best_epoch_top1"],
             hours=round(summary["seconds"] / 3600, 2),
-            commit=self.environment["commit"],
+            commit=", ".join(dict.fromkeys(str(launch["commit"]) for launch in self.launches)),
             sha256=sha256(self.path / "last" / "model.safetensors"),
         )
+
+
+def _hardware(launches: list[dict[str, Any]]) -> str:
+    """Return the machine, and on a CPU the threads that trained, of all launches."""
+    first = launches[0]
+    machine = f"{first['device']}, {first['processor']}"
+    if first["device"] != "cpu":
+        return machine
+    counts = sorted({launch["threads"] for launch in launches})
+    plural = "" if counts == [1] else "s"
+    return f"{machine}, {' and '.join(map(str, counts))} thread{plural}"
+
+
+def _schedule(recipe: Recipe) -> str:
+    """Return a recipe's learning rate in words."""
+    words = [f"SGD, batch {recipe.batch_size}, lr {recipe.lr:g}"]
+    if recipe.lr_power is not None:
+        words += [f"times (1 - share of the epochs)^{recipe.lr_power:g}"]
+    elif recipe.lr_drops:
+        drops = " and ".join(f"{drop:.0%}" for drop in recipe.lr_drops)
+        words += [f"x{recipe.lr_decay:g} at {drops}"]
+    if recipe.warmup_epochs:
+        words += [f"after a warm-up of {recipe.warmup_epochs:g} epochs"]
+    return " ".join(words)
 
 
 def _portable(name: str) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 import signal
 import threading
 import time
@@ -15,6 +17,7 @@ from accelerate import Accelerator
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 CHECK_EVERY = 20  # steps between the processes' agreements on it
 ONE_KEYPRESS = 1.0  # seconds in which launchers pass the same Ctrl-C on
+BEFORE_MEASURING = 60.0  # seconds of training that are not risked while an epoch is measured
 
 
 class Stopped(Exception):
@@ -27,7 +30,8 @@ class Interruption:
     Several processes agree every `CHECK_EVERY` steps and at each epoch's end, so that all stop at
     the same one; a single process stops at the next step. The limit counts from here. SIGTERM may
     come again, as from a launcher that passes on what its processes got too; Ctrl-C pressed a
-    second time ends the program at once.
+    second time ends the program at once. Before `begin` there is nothing to save, and a signal
+    raises KeyboardInterrupt.
 
     Args:
         accelerator: The processes that must agree.
@@ -43,6 +47,7 @@ class Interruption:
         self.interval = 60 * checkpoint_minutes
         self.saved = time.monotonic()
         self.reason: str | None = None
+        self.begun = False
         self._noticed = -math.inf
         self._before: dict[int, Any] = {}
 
@@ -61,29 +66,49 @@ class Interruption:
             signal.signal(number, handler)
         self._before.clear()
 
+    def begin(self) -> None:
+        """Hold signals back from here on until a checkpoint is written."""
+        self.begun = True
+
     def _notice(self, number: int, _: FrameType | None) -> None:
         now = time.monotonic()
-        if number != signal.SIGINT:
-            self.reason = self.reason or signal.Signals(number).name
-        elif now - self._noticed <= ONE_KEYPRESS:
+        if number == signal.SIGINT:
+            if now - self._noticed <= ONE_KEYPRESS:
+                return
+            if self._noticed > -math.inf:
+                self._restore()
+                signal.raise_signal(signal.SIGINT)
+                return
+            self._noticed = now
+        if self.reason is not None:
             return
-        elif self._noticed > -math.inf:
-            self._restore()
-            signal.raise_signal(signal.SIGINT)
-        else:
-            self.reason, self._noticed = "SIGINT", now
+        self.reason = signal.Signals(number).name
+        if not self.begun:
+            raise KeyboardInterrupt
+        if self.accelerator.is_local_main_process:
+            # print could meet itself here, half way through a line
+            with contextlib.suppress(OSError):
+                os.write(
+                    2, f"\n{self.reason}: ending at a checkpoint; Ctrl-C ends at once\n".encode()
+                )
 
-    def due(self, step: int) -> tuple[bool, bool]:
-        """Tell after a step whether to write a checkpoint, and whether to stop after that."""
-        if self.accelerator.num_processes > 1 and step % CHECK_EVERY:
+    def due(self, step: int, *, last: bool = False) -> tuple[bool, bool]:
+        """Tell after a step whether to write a checkpoint, and whether to stop after that.
+
+        Args:
+            step: Counted from 1.
+            last: Whether it is the epoch's last, which is measured next: that may take longer than
+                a batch system waits, so what is older than a minute is saved before.
+        """
+        if not last and self.accelerator.num_processes > 1 and step % CHECK_EVERY:
             return False, False
-        return self._agree()
+        return self._agree(BEFORE_MEASURING if last else math.inf)
 
-    def _agree(self) -> tuple[bool, bool]:
+    def _agree(self, interval: float = math.inf) -> tuple[bool, bool]:
         now = time.monotonic()
         if self.reason is None and self.deadline is not None and now >= self.deadline:
             self.reason = "max_minutes"
-        stop, save = self.reason is not None, now - self.saved >= self.interval
+        stop, save = self.reason is not None, now - self.saved >= min(interval, self.interval)
         if self.accelerator.num_processes > 1:
             flags = torch.tensor([stop, save], dtype=torch.int32, device=self.accelerator.device)
             torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)

@@ -50,7 +50,11 @@ def launch(
 def run(kind: type[Trainer], recipe: Options, folder: Path, *, resume: bool = False) -> None:
     """Run a recipe in a folder and tell what came of it."""
     check_trackers(recipe.trackers)
-    accelerator = Accelerator(log_with=list(recipe.trackers) or None, project_dir=folder)
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # else it would start no processes on CPUs
+        log_with=list(recipe.trackers) or None,
+        project_dir=folder,
+    )
     check_accelerator(accelerator)
     set_up_device(accelerator, recipe.threads)
     say = accelerator.print
@@ -60,15 +64,16 @@ def run(kind: type[Trainer], recipe: Options, folder: Path, *, resume: bool = Fa
     if opened.finished:
         say(f"{folder} holds a finished run; nothing to resume")
         return
-    with (
-        Interruption(
-            accelerator,
-            max_minutes=recipe.max_minutes,
-            checkpoint_minutes=recipe.checkpoint_minutes,
-        ) as interruption,
-        contextlib.closing(kind(recipe, opened, accelerator)) as trainer,
-    ):
-        train(trainer, interruption, resume=resume)
+    interruption = Interruption(
+        accelerator, max_minutes=recipe.max_minutes, checkpoint_minutes=recipe.checkpoint_minutes
+    )
+    try:
+        with interruption, contextlib.closing(kind(recipe, opened, accelerator)) as trainer:
+            train(trainer, interruption, resume=resume)
+    except KeyboardInterrupt:
+        if interruption.begun:
+            raise
+        say(f"stopped by {interruption.cause} before training; nothing was lost")
     accelerator.end_training()
 
 
@@ -118,6 +123,12 @@ def check_accelerator(accelerator: Accelerator) -> None:
         raise RunError(
             f"distributed type {accelerator.distributed_type.value} is not supported; use plain "
             "data parallelism (accelerate config)"
+        )
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != accelerator.num_processes:
+        raise RunError(
+            f"{started} processes were started, and Accelerate joins {accelerator.num_processes} "
+            f"on {accelerator.device.type}; start one, or name the device (accelerate config)"
         )
 
 

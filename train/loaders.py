@@ -31,8 +31,11 @@ def open_source(recipe: Recipe) -> ImageSource:
     """
     return ImageSource(
         recipe.dataset,
+        config=recipe.dataset_config,
+        revision=recipe.dataset_revision,
         train_split=recipe.train_split,
         test_split=recipe.test_split,
+        test_fraction=recipe.test_fraction,
         image_column=recipe.image_column,
         label_column=recipe.label_column,
         streaming=recipe.streaming,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,13 @@ class ModelError(ValueError):
 
 
 def create_student(
-    name: str, num_classes: int, device: torch.device, *, finetune: str | None = None
+    name: str, label_names: Sequence[str], device: torch.device, *, finetune: str | None = None
 ) -> nn.Module:
     """Build a student, in channels-last layout.
 
     Args:
         name: timm's.
-        num_classes: The dataset's classes.
+        label_names: The dataset's classes.
         device: Where it trains.
         finetune: None draws random weights; 'all' and 'classifier' start from pretrained ones, the
             latter with all but the classifier frozen.
@@ -36,8 +37,10 @@ def create_student(
     Raises:
         ModelError: If timm does not know the name, or weights are asked for and there are none.
     """
-    pretrained = finetune is not None
-    student = _create("student", name, device, num_classes=num_classes, pretrained=pretrained)
+    pretrained, classes = finetune is not None, len(label_names)
+    student: Any = _create("student", name, device, num_classes=classes, pretrained=pretrained)
+    if pretrained and _names_of(student, label_names) not in (None, list(label_names)):
+        student.reset_classifier(classes)
     if finetune == "classifier":
         student.requires_grad_(False)
         for part in classifiers(student):
@@ -70,26 +73,43 @@ def create_frozen(name: str, device: torch.device, *, role: str = "model") -> nn
 
 
 def create_teacher(
-    name: str, num_classes: int, device: torch.device, *, role: str = "teacher"
+    name: str, label_names: Sequence[str], device: torch.device, *, role: str = "teacher"
 ) -> nn.Module:
     """Build a frozen model, as `create_frozen` does, that has a dataset's classes.
 
     Args:
         name: timm's.
-        num_classes: The dataset's classes.
+        label_names: The dataset's classes.
         device: Where it runs.
         role: What errors call it.
 
     Raises:
-        ModelError: If timm does not know the name, it has no weights or not the dataset's classes.
+        ModelError: If timm does not know the name, it has no weights or not the dataset's classes,
+            or has them in another order, where it tells their names.
     """
-    teacher = create_frozen(name, device, role=role)
-    if teacher.num_classes != num_classes:
+    teacher: Any = create_frozen(name, device, role=role)
+    classes, names = len(label_names), _names_of(teacher, label_names)
+    if teacher.num_classes != classes:
         raise ModelError(
-            f"{role} {name!r} has {teacher.num_classes} classes and the dataset {num_classes}; "
+            f"{role} {name!r} has {teacher.num_classes} classes and the dataset {classes}; "
             "use one trained on this dataset (teacher: null trains one, local-dir:RUN/last is it)"
         )
+    if names and names != list(label_names) and sorted(names) == sorted(label_names):
+        place = next(i for i, name in enumerate(names) if name != label_names[i])
+        raise ModelError(
+            f"{role} {name!r} has the dataset's classes in another order: class {place} is "
+            f"{names[place]!r} to it and {label_names[place]!r} to the dataset; give the dataset "
+            "its order, or train it on this one"
+        )
     return teacher
+
+
+def _names_of(model: Any, label_names: Sequence[str]) -> list[str] | None:
+    """Return a model's class names; None if it, or the dataset, tells only numbers."""
+    names = model.pretrained_cfg.get("label_names")
+    if not names or all(name.isdigit() for name in label_names):
+        return None
+    return list(names)
 
 
 def weights_sha256(model: nn.Module) -> str:

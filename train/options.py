@@ -10,7 +10,7 @@ import sys
 from abc import ABC, abstractmethod
 from argparse import ArgumentError
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, TypeVar, get_type_hints
+from typing import Any, ClassVar, Generic, Literal, TypeVar, get_args, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser
@@ -97,6 +97,11 @@ class Options(ABC):
 
     def __post_init__(self) -> None:
         """Refuse values outside their range, naming them."""
+        hints = get_type_hints(type(self))
+        for name in (field.name for field in self.fields()):
+            # as an empty line of a YAML file gives
+            if getattr(self, name) is None and type(None) not in get_args(hints[name]):
+                raise ValueError(f"{name} has no value; leave it out for its default")
         for name, (low, high) in self.RANGES.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
@@ -195,7 +200,7 @@ def parse_command(
     """Read `--config FILE`, then `--field value` over it; a mistake ends the program."""
     parser = ArgumentParser(description=description)
     parser.add_argument(
-        "--config", action="config", help="YAML file of options; the command line goes before it"
+        "--config", action="config", help="YAML file of options; those given here override it"
     )
     parser.add_argument(
         "--run", type=str | None, help="run folder; null makes runs/<recipe>-<seed>"
@@ -207,7 +212,7 @@ def parse_command(
     )
     kind.add_to(parser)
     argv = sys.argv[1:] if argv is None else argv
-    namespace = parser.parse_args(_with_saved_recipe(kind, argv))
+    namespace = parser.parse_args(_config_first(argv))
     configs = namespace.pop("config") or []
     values = namespace.as_dict()
     run, resume = values.pop("run"), values.pop("resume")
@@ -218,22 +223,23 @@ def parse_command(
     return Command(recipe, Path(run or default_run(recipe, configs)), resume)
 
 
-def _with_saved_recipe(kind: type[Options], argv: list[str]) -> list[str]:
-    """Return the arguments with the run folder's own recipe where a run goes on without another."""
+def _config_first(argv: list[str]) -> list[str]:
+    """Return the arguments with the config before what overrides it, wherever it was written.
+
+    A run that goes on without one takes its folder's own recipe.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    required = [
-        field.name
-        for field in kind.fields()
-        if field.default is field.default_factory is dataclasses.MISSING
-    ]
-    for name in ("config", "run", *required):
-        parser.add_argument(f"--{name}")
+    parser.add_argument("--config", action="append", nargs="?", default=[])
+    configs, others = parser.parse_known_args(argv)
+    parser.add_argument("--run", nargs="?")
     parser.add_argument("--resume", action="store_true")
     given, _ = parser.parse_known_args(argv)
-    if not (given.resume and given.run) or any(getattr(given, n) for n in ("config", *required)):
+    if None in configs.config:  # which the parser of all options tells
         return argv
-    saved = Path(given.run) / "recipe.yaml"
-    return ["--config", str(saved), *argv] if saved.is_file() else argv
+    if given.resume and given.run and not configs.config:
+        saved = Path(given.run) / "recipe.yaml"
+        configs.config = [str(saved)] if saved.is_file() else []
+    return [*(part for path in configs.config for part in ("--config", path)), *others]
 
 
 def default_run(recipe: Options, configs: list[Any]) -> str:

@@ -53,13 +53,20 @@ class Recipe(Options):
     )
 
     dataset: str = option("uoft-cs/cifar100", "hub id, folder in hub layout, or image folder")
+    dataset_config: str | None = option(None, "name of one of the dataset's configs")
+    dataset_revision: str | None = option(None, "branch, tag or commit on the hub")
     train_split: str = option("train", "split to train on")
     test_split: str | None = option(
         None, "split to measure on; null takes 'test', else 'validation'"
     )
+    test_fraction: float = option(
+        0.0,
+        "share of the training images to measure on, class by class, where there is no such split; "
+        "they are the same for every seed",
+    )
     image_column: str | None = option(None, "column of images; null takes the first of that type")
     label_column: str | None = option(
-        None, "column of class labels; null takes the first of that type"
+        None, "column of classes, perhaps words; null takes the first of type ClassLabel"
     )
     val_fraction: float = option(
         0.0,
@@ -115,14 +122,17 @@ class Recipe(Options):
                 f"crop_scale={self.crop_scale} must be two parts of the area, the smaller first, "
                 "between 0 and 1"
             )
-        if not 0 <= self.val_fraction < 1:
-            raise ValueError(f"val_fraction={self.val_fraction} must be at least 0 and below 1")
+        for name in ("val_fraction", "test_fraction"):
+            if not 0 <= (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name}={value} must be at least 0 and below 1")
         if self.train_images and not self.streaming:
             raise ValueError(f"train_images={self.train_images} is for streaming: true alone")
         if self.crop == "padded" and self.crop_scale != [0.08, 1.0]:
             raise ValueError(f"crop_scale={self.crop_scale} is for crop: resized alone")
-        if self.streaming and (self.val_fraction or self.in_memory):
-            raise ValueError("streaming cannot be combined with val_fraction or in_memory")
+        if self.streaming and (self.val_fraction or self.test_fraction or self.in_memory):
+            raise ValueError(
+                "streaming cannot be combined with val_fraction, test_fraction or in_memory"
+            )
 
     @property
     def subject(self) -> str:

@@ -27,6 +27,7 @@ class SegmentationSource:
     Args:
         name: Hub id or folder in hub layout.
         num_classes: Classes from 0.
+        config, revision: Of a dataset that has several; None takes its only or default one.
         train_split, test_split: Names of the splits; None takes 'test', else 'validation'.
         image_column: None takes the first of images.
         mask_column: The masks'.
@@ -40,12 +41,14 @@ class SegmentationSource:
         name: str,
         num_classes: int,
         *,
+        config: str | None = None,
+        revision: str | None = None,
         train_split: str = "train",
         test_split: str | None = None,
         image_column: str | None = None,
         mask_column: str = "mask",
     ) -> None:
-        splits = open_dataset(name)
+        splits = open_dataset(name, config, revision)
         train, test = pick_splits(name, splits, train_split, test_split)
         features = splits[train].features
         mask = pick_column(name, features, mask_column, Image, "mask_column")

@@ -94,6 +94,8 @@ class Segmenter(TransferTrainer):
         self.source = SegmentationSource(
             recipe.dataset,
             recipe.num_classes,
+            config=recipe.dataset_config,
+            revision=recipe.dataset_revision,
             train_split=recipe.train_split,
             test_split=recipe.test_split,
             image_column=recipe.image_column,

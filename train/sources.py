@@ -26,8 +26,12 @@ class ImageSource:
     Args:
         name: Hub id, folder in hub layout or image folder; a relative path is looked up from the
             current folder, then from the checkout.
+        config, revision: Of a dataset that has several; None takes its only or default one.
         train_split, test_split: Names of the splits; None takes 'test', else 'validation'.
+        test_fraction: Share of the training split to hold out, class by class, as test split
+            instead, always the same rows; 0 for none.
         image_column, label_column: Names of the columns; None takes the first of the right type.
+            A column of classes may hold words, if it is named.
         streaming: Read rows in order from where they lie instead of a local copy.
 
     Raises:
@@ -38,13 +42,25 @@ class ImageSource:
         self,
         name: str,
         *,
+        config: str | None = None,
+        revision: str | None = None,
         train_split: str = "train",
         test_split: str | None = None,
+        test_fraction: float = 0.0,
         image_column: str | None = None,
         label_column: str | None = None,
         streaming: bool = False,
     ) -> None:
-        splits = open_dataset(name, streaming)
+        splits = open_dataset(name, config, revision, streaming=streaming)
+        if test_fraction:
+            if test_split:
+                raise DataError(f"test_fraction takes the place of test_split={test_split!r}")
+            test_split = train_split
+        elif test_split is None and not {"test", "validation"} & set(splits):
+            raise DataError(
+                f"{name} has no split to measure on, only {', '.join(splits)}; name one by "
+                "test_split, or hold out a part of the training images by test_fraction"
+            )
         train, test = pick_splits(name, splits, train_split, test_split)
         features = splits[train].features
         if features is None:  # a stream that does not tell before it is read
@@ -54,16 +70,20 @@ class ImageSource:
         self.name = name
         self.is_folder = find_folder(name) is not None
         self.label_names = _label_names(name, splits[train], features, label)
+        words = isinstance(features[label], Value) and not is_integer(features[label])
         self.train, self.test = (
             Rows(
                 table=encoded(splits[split], image, label),
                 image_column=image,
                 label_column=label,
                 classes=len(self.label_names),
+                words={word: i for i, word in enumerate(self.label_names)} if words else None,
                 where=f"split {split!r} of {name}",
             )
             for split in (train, test)
         )
+        if test_fraction:
+            self.train, self.test = self.train.hold_out(test_fraction, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +134,8 @@ class ImageRows:
         try:
             return to_rgb(Image().decode_example(item))
         except Exception as error:
+            if item and item.get("path"):
+                place += f" (file {item['path']})"
             raise DataError(
                 f"{place} is not a readable image ({type(error).__name__}: "
                 f"{error}); remove or replace it"
@@ -122,10 +144,11 @@ class ImageRows:
 
 @dataclass(frozen=True, kw_only=True)
 class Rows(ImageRows):
-    """A split of images with a class each."""
+    """A split of images with a class each; `words` are the indices of classes that are words."""
 
     label_column: str
     classes: int
+    words: dict[str, int] | None = None
 
     def example(self, row: int, item: dict[str, Any]) -> tuple[PILImage.Image, int]:
         """Return a row's image and class; `labels` has checked the classes of all.
@@ -133,7 +156,10 @@ class Rows(ImageRows):
         Raises:
             DataError: If the image cannot be read.
         """
-        return self.read(item[self.image_column], self.place(row)), item[self.label_column]
+        label = item[self.label_column]
+        if self.words is not None:
+            label = self.words[label]
+        return self.read(item[self.image_column], self.place(row)), label
 
     def labels(self) -> torch.Tensor:
         """Return the class indices int64 `[rows]`, none of them out of range.
@@ -142,7 +168,8 @@ class Rows(ImageRows):
             DataError: If one is; it names the first such row.
         """
         column = self.table[self.label_column]
-        labels = torch.tensor([-1 if label is None else label for label in column])
+        found = column if self.words is None else map(self.words.get, column)
+        labels = torch.tensor([-1 if label is None else label for label in found])
         wrong = ((labels < 0) | (labels >= self.classes)).nonzero().flatten()
         if len(wrong):
             row = int(wrong[0])
@@ -170,14 +197,15 @@ class Rows(ImageRows):
 
     def select(self, chosen: torch.Tensor) -> Rows:
         """Return the rows where a mask `[rows]` is true."""
-        numbers = chosen.nonzero().flatten()
-        return replace(self, table=self.table.select(numbers.tolist()), numbers=numbers)
+        rows = chosen.nonzero().flatten()
+        numbers = rows if self.numbers is None else self.numbers[rows]
+        return replace(self, table=self.table.select(rows.tolist()), numbers=numbers)
 
-    def label_error(self, place: str, label: int | None, count: str = "") -> DataError:
+    def label_error(self, place: str, label: int | str | None, count: str = "") -> DataError:
         """Return the error for a label outside the classes."""
+        classes = f"outside 0 to {self.classes - 1}" if self.words is None else "not a class"
         return DataError(
-            f"{place} has label {label}, outside 0 to {self.classes - 1}{count}; "
-            "remove unlabelled rows or correct them"
+            f"{place} has label {label!r}, {classes}{count}; remove unlabelled rows or correct them"
         )
 
 
@@ -187,21 +215,39 @@ def find_folder(name: str) -> Path | None:
     return next((path for path in folders if path.is_dir()), None)
 
 
-def open_dataset(name: str, streaming: bool = False) -> dict[str, Table]:
+def open_dataset(
+    name: str,
+    config: str | None = None,
+    revision: str | None = None,
+    *,
+    streaming: bool = False,
+) -> dict[str, Table]:
     """Find a dataset's splits by its hub id or folder, the latter also from the checkout.
+
+    Args:
+        name: Hub id or folder.
+        config: Name of one of its configs, if it has several.
+        revision: Branch, tag or commit on the hub.
+        streaming: Read rows from where they lie instead of a local copy.
 
     Raises:
         DataError: If it is not there or cannot be loaded.
     """
     folder = find_folder(name)
+    if folder and revision:
+        raise DataError(f"dataset_revision={revision!r} is for a hub id, and {folder} is a folder")
     if not folder and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
         raise DataError(
             f"dataset={name!r}: there is no such folder; give one that exists or a hub id ORG/NAME"
         )
     try:
-        return load_dataset(str(folder) if folder else name, streaming=streaming)
+        return load_dataset(
+            str(folder) if folder else name, config, revision=revision, streaming=streaming
+        )
     except Exception as error:
         reason = f"({type(error).__name__}: {error})"
+        if "config" in str(error).lower():
+            raise DataError(f"dataset={name!r} {reason}; name one by dataset_config") from error
         if folder:
             raise DataError(
                 f"dataset={name!r} is neither in hub layout nor an image folder {reason}; it needs "
@@ -248,7 +294,8 @@ def pick_column(
         DataError: If there is none.
     """
     columns = ", ".join(
-        f"{column} ({type(feature).__name__})" for column, feature in features.items()
+        f"{column} ({feature.dtype if isinstance(feature, Value) else type(feature).__name__})"
+        for column, feature in features.items()
     )
     if wanted is None:
         for column, feature in features.items():
@@ -259,7 +306,8 @@ def pick_column(
             f"{columns}"
         )
     feature = features.get(wanted)
-    if isinstance(feature, kind) or (kind is ClassLabel and is_integer(feature)):
+    plain = is_integer(feature) or (isinstance(feature, Value) and "string" in feature.dtype)
+    if isinstance(feature, kind) or (kind is ClassLabel and plain):
         return wanted
     found = "is not a column" if feature is None else f"is not of type {kind.__name__}"
     raise DataError(f"{option}={wanted!r} {found} in {name}; its columns are {columns}")
@@ -276,8 +324,10 @@ def _label_names(name: str, table: Table, features: dict[str, Any], column: str)
         return list(feature.names)
     if isinstance(table, IterableDataset):
         raise DataError(
-            f"label_column={column!r} of {name} holds plain integers, whose number of classes a "
-            "stream does not tell; use streaming: false or a column of type ClassLabel"
+            f"label_column={column!r} of {name} is of type {feature.dtype}, whose classes a stream "
+            "does not tell; use streaming: false or a column of type ClassLabel"
         )
-    largest = max((label for label in table[column] if label is not None), default=-1)
-    return [str(i) for i in range(largest + 1)]
+    used = {label for label in table[column] if label is not None}
+    if is_integer(feature):
+        return [str(i) for i in range(max(used, default=-1) + 1)]
+    return sorted(used)

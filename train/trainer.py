@@ -214,6 +214,7 @@ class Trainer(ABC):
             NonFiniteLossError: If the loss is infinite or not a number.
             DiskError: If something cannot be written.
         """
+        interruption.begin()
         for epoch in range(self.position[0], self.recipe.epochs):
             self.train_one_epoch(epoch, interruption)
             report(self.close_epoch(epoch))
@@ -269,6 +270,7 @@ class Trainer(ABC):
         )
         self.totals.start()
         step = start
+        self.set_learning_rate(epoch + max(0, step - 1) / len(self.data.train))
         try:
             for step, batch in enumerate(bar, start=start + 1):
                 self.set_learning_rate(epoch + (step - 1) / len(self.data.train))
@@ -278,8 +280,7 @@ class Trainer(ABC):
                 if step % CHECK_EVERY == 0 or step in (start + 1, len(self.data.train)):
                     self.totals.check(step, epoch)
                     bar.set_postfix_str(self.postfix(epoch), refresh=False)
-                if step < len(self.data.train):
-                    self._interrupt(epoch, step, interruption)
+                self._interrupt(epoch, step, interruption)
         except DataError:  # an image that cannot be read; other processes cannot be asked
             if step > start and self.accelerator.num_processes == 1:
                 self._checkpoint(epoch, step)
@@ -303,7 +304,7 @@ class Trainer(ABC):
         return terms, others
 
     def _interrupt(self, epoch: int, step: int, interruption: Interruption) -> None:
-        save, stop = interruption.due(step)
+        save, stop = interruption.due(step, last=step == len(self.data.train))
         if not save:
             return
         self._checkpoint(epoch, step)

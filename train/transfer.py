@@ -29,6 +29,8 @@ class TransferRecipe(Options):
     backbone: str = option("gld_resnet18", "timm name, hf-hub:ORG/NAME or local-dir:PATH")
     pretrained: bool = option(True, "start from the backbone's weights instead of random ones")
     dataset: str = option(MISSING, "hub id or folder in hub layout")
+    dataset_config: str | None = option(None, "name of one of the dataset's configs")
+    dataset_revision: str | None = option(None, "branch, tag or commit on the hub")
     train_split: str = option("train", "split to train on")
     test_split: str | None = option(
         None, "split to measure on; null takes 'test', else 'validation'"
