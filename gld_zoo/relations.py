@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from gld_zoo._distributed import add_up, check_equal_rows, gather, is_distributed
+
 # The plain form works on this many entries of a distance matrix at a time: 4 MiB of float32, which
 # stay in a core's cache between the dozen operations on them.
 _BLOCK_ENTRIES = 1 << 20
@@ -47,9 +49,9 @@ def relation(
             f"relation takes two [N, K] tensors of one shape, got {list(student.shape)} and "
             f"{list(teacher.shape)}"
         )
-    world_size = dist.get_world_size() if global_batch and _is_distributed() else 1
+    world_size = dist.get_world_size() if global_batch and is_distributed() else 1
     if world_size > 1:
-        _check_equal_rows(student)
+        check_equal_rows(student)
     with torch.autocast(student.device.type, enabled=False):
         return _Relation.apply(student, teacher.detach(), world_size)
 
@@ -105,7 +107,7 @@ def _centre(
     underflow.
     """
     info = torch.finfo(dtype)
-    mean = _sum(logits.sum(0, dtype=wide), world_size) / (len(logits) * world_size)
+    mean = add_up(logits.sum(0, dtype=wide), world_size) / (len(logits) * world_size)
     centred = logits.to(wide) - mean
     extremes = torch.stack([_largest(centred), _largest(logits).to(wide)])
     if world_size > 1:
@@ -150,7 +152,7 @@ def _linear(
     norms = torch.where(either, 1.0, student_sq * teacher_sq).sqrt()
     cosine = torch.where(either, torch.where(student_flat & teacher_flat, 1.0, 0.5), mixed / norms)
     rows = len(student) * world_size
-    value = _sum((1 - cosine.clamp(max=1)).sum(), world_size) * (2 / rows**2)
+    value = add_up((1 - cosine.clamp(max=1)).sum(), world_size) * (2 / rows**2)
     if not with_gradient:
         return value, None
     # of -2/N² sum_r cos_r, through <D(t)_r, D(s)_r> and through |D(s)_r|², which holds s twice
@@ -209,7 +211,7 @@ class _Pair:
         if self.world_size == 1:
             return list(sums)
         message = torch.cat([part.flatten() for part in sums])
-        parts = _sum(message, self.world_size).split([part.numel() for part in sums])
+        parts = add_up(message, self.world_size).split([part.numel() for part in sums])
         return [part.view_as(own) for part, own in zip(parts, sums, strict=True)]
 
 
@@ -218,7 +220,7 @@ def _plain(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Evaluate the definition for this process's rows against all, a block of rows at a time."""
     own, rank = len(student), dist.get_rank() if world_size > 1 else 0
-    student, teacher = _gather(student, world_size), _gather(teacher, world_size)
+    student, teacher = gather(student, world_size), gather(teacher, world_size)
     student_sq, teacher_sq = student.square().sum(1), teacher.square().sum(1)
     rows = len(student)
     total = student.new_zeros(())
@@ -239,10 +241,10 @@ def _plain(
             continue
         gradient.addcmul_(student, weight.sum(0)[:, None]).addmm_(weight.T, student[part], alpha=-1)
         gradient[part] += student[part] * weight.sum(1)[:, None] - weight @ student
-    value = _sum(total, world_size) / rows**2
+    value = add_up(total, world_size) / rows**2
     if gradient is None:
         return value, None
-    return value, _sum(gradient, world_size)[rank * own : (rank + 1) * own] * (4 / rows**2)
+    return value, add_up(gradient, world_size)[rank * own : (rank + 1) * own] * (4 / rows**2)
 
 
 def _unit_distances(
@@ -282,39 +284,3 @@ def _ieee_matmul() -> Iterator[None]:
             yield
         finally:
             torch.set_float32_matmul_precision(precision)
-
-
-def _is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _sum(tensor: torch.Tensor, world_size: int) -> torch.Tensor:
-    """Add up a tensor over processes."""
-    if world_size > 1:
-        tensor = tensor.contiguous()
-        dist.all_reduce(tensor)
-    return tensor
-
-
-def _gather(rows: torch.Tensor, world_size: int) -> torch.Tensor:
-    """Concatenate the rows `[n, K]` of all processes in rank order."""
-    if world_size == 1:
-        return rows
-    gathered = [torch.empty_like(rows) for _ in range(world_size)]
-    dist.all_gather(gathered, rows.contiguous())
-    return torch.cat(gathered)
-
-
-def _check_equal_rows(student: torch.Tensor) -> None:
-    counts = torch.tensor([student.shape[0], -student.shape[0]], device=student.device)
-    dist.all_reduce(counts, op=dist.ReduceOp.MAX)
-    remedy = (
-        "the relation over the global batch needs as many rows of logits on every process; drop "
-        "the incomplete last batch"
-    )
-    if student.device.type == "cuda":  # without waiting for the device
-        torch._assert_async(counts.sum() == 0, remedy)
-        return
-    largest, smallest = counts[0].item(), -counts[1].item()
-    if largest != smallest:
-        raise ValueError(f"processes hold from {smallest} to {largest} rows; {remedy}")

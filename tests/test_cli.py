@@ -15,7 +15,7 @@ from PIL import Image
 from gld_zoo.cli import class_names, find_images, main, read_image
 from gld_zoo.explain import SIDE, explain, seen_part
 from gld_zoo.hub import save_pretrained
-from sources import ImageRows
+from rows import ImageRows
 
 FORMATS = ["png", "jpg", "webp", "bmp", "gif", "tif"]
 

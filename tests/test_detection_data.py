@@ -15,7 +15,7 @@ from detection_data import (
     training_transform,
 )
 from keyed_loader import transform_under
-from sources import DataError
+from rows import DataError
 
 IMAGE, BOXES, CATEGORIES, _ = scene(0)
 

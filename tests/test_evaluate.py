@@ -8,9 +8,10 @@ import torch
 from conftest import read_lines
 from PIL import Image as PILImage
 
-from evaluate import Scores, cli, measuring_transforms, square_size
+from evaluate import cli, measuring_transforms, square_size
 from gld_zoo.hub import save_pretrained
 from models import ModelError
+from scores import Scores
 
 
 def scores_of(probabilities, target):

@@ -16,7 +16,8 @@ from torchvision.transforms import v2
 
 from batches import Normalize, Share, Transforms
 from loader_path import LoaderBatches, StreamBatches, loader_eval
-from sources import DataError, ImageSource
+from rows import DataError
+from sources import ImageSource
 from tensor_path import TensorEval, decode
 
 NORMALIZE = Normalize((0.5, 0.4, 0.3), (0.2, 0.25, 0.3), torch.device("cpu"))

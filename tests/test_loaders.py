@@ -13,7 +13,8 @@ from PIL import Image as PILImage
 from batches import Normalize, Share, Transforms, derive_seed
 from loaders import fits_in_memory
 from recipe import Recipe
-from sources import DataError, ImageSource
+from rows import DataError
+from sources import ImageSource
 from tensor_path import Split, TensorBatches, TensorEval, decode
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)

@@ -8,6 +8,7 @@ from scenes import COLORS, scene, segmentation_rows, write_segmentation
 
 from batches import Normalize
 from keyed_loader import transform_under
+from rows import DataError
 from segmentation_data import (
     Finish,
     MeasuringTransform,
@@ -16,7 +17,6 @@ from segmentation_data import (
     stack,
     training_transform,
 )
-from sources import DataError
 
 IMAGE, _, _, MASK = scene(0)
 

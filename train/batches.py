@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torchvision.transforms import v2
 
-from sources import DataError
+from rows import DataError
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 

@@ -12,15 +12,8 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from keyed_loader import Sample
-from sources import (
-    DataError,
-    ImageRows,
-    encoded,
-    is_integer,
-    open_dataset,
-    pick_column,
-    pick_splits,
-)
+from rows import DataError, ImageRows
+from sources import encoded, is_integer, open_dataset, pick_column, pick_splits
 
 Format = Literal["xyxy", "xywh"]
 

@@ -23,14 +23,16 @@ from jsonargparse import ArgumentParser
 from timm.data import resolve_model_data_config
 
 from disk import DiskError, replace_folder, sha256, writing
-from evaluate import evaluate, measuring_batches, predict
+from evaluate import evaluate, measuring_batches
 from finished_run import FinishedRun
 from gld_zoo.hub import model_card, push_folder, save_pretrained
 from loaders import open_source
 from models import ModelError, create_frozen
 from onnx_files import OnnxModel, check_packages, quantize, write_onnx
+from rows import DataError
 from run_folder import RunError
-from sources import DataError, ImageSource
+from scores import predict
+from sources import ImageSource
 
 CPU = torch.device("cpu")
 CALIBRATION = 512  # training images whose activations give the ranges of 8 bits
@@ -75,16 +77,10 @@ def export(
         raise RunError(f"{folder} is already there; name another, or delete it")
     if onnx or int8:
         check_packages()
-    portable = finished.portable()
     model: Any = create_frozen(f"local-dir:{run / weights}", CPU)
     config, names = resolve_model_data_config(model), model.pretrained_cfg["label_names"]
     as_trained = weights == "last" and not float16
-    source = None
-    if not as_trained or int8:
-        place = dataset or finished.summary["dataset"]
-        source = open_source(
-            replace(finished.recipe, dataset=place, streaming=False, train_images=None)
-        )
+    source = None if as_trained and not int8 else _open_source(finished, dataset)
     with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as temporary:
@@ -96,7 +92,8 @@ def export(
                 float16=float16,
             )
             shutil.copyfile(run / "metrics.jsonl", partial / "metrics.jsonl")
-            (partial / "recipe.yaml").write_text(portable.to_yaml(), encoding="utf-8")
+            recipe = finished.portable().to_yaml()
+            (partial / "recipe.yaml").write_text(recipe, encoding="utf-8")
             scores = finished.scores()
             if source and not as_trained:
                 measured = evaluate(f"local-dir:{partial}", source, grid=0, device=CPU)
@@ -110,21 +107,36 @@ def export(
                 if not onnx:
                     (partial / "model.onnx").unlink()
             entry = dict(
-                finished.description(),
-                teacher=portable.teacher,
+                _describe_run(finished, scores),
                 selected=weights == "best",
-                finetuned_from=portable.student if portable.finetune else None,
-                recipe="recipe.yaml",
-                changes={},
                 parameters=sum(weight.numel() for weight in model.parameters()),
                 sha256=sha256(partial / "model.safetensors"),
-                runs=[dict(scores, best_epoch_split=finished.summary["best_epoch_split"])],
                 license=license,
-                files=[_describe(path, top1) for path in sorted(partial.glob("*.onnx"))],
+                files=[_describe_file(path, top1) for path in sorted(partial.glob("*.onnx"))],
             )
             model_card(model, entry, repo_id).save(partial / "README.md")
             replace_folder(partial, folder)
     return top1
+
+
+def _open_source(finished: FinishedRun, dataset: str | None) -> ImageSource:
+    """Find a run's dataset, as a whole also where the run read a stream."""
+    place = dataset or finished.summary["dataset"]
+    changes: dict[str, Any] = dict(dataset=place, streaming=False, train_images=None)
+    return open_source(replace(finished.recipe, **changes))
+
+
+def _describe_run(finished: FinishedRun, scores: dict[str, Any]) -> dict[str, Any]:
+    """Return what a card tells of a run."""
+    recipe = finished.portable()
+    return dict(
+        finished.description(),
+        teacher=recipe.teacher,
+        finetuned_from=recipe.student if recipe.finetune else None,
+        recipe="recipe.yaml",
+        changes={},
+        runs=[dict(scores, best_epoch_split=finished.summary["best_epoch_split"])],
+    )
 
 
 def _write_int8(folder: Path, config: dict[str, Any], source: ImageSource) -> float:
@@ -140,7 +152,7 @@ def _write_int8(folder: Path, config: dict[str, Any], source: ImageSource) -> fl
     return predict(OnnxModel(target), test, 0).top(1)
 
 
-def _describe(path: Path, top1: dict[str, float]) -> str:
+def _describe_file(path: Path, top1: dict[str, float]) -> str:
     """Return a card's line about an ONNX file; what is not in `top1` is in float32."""
     size = path.stat().st_size / 2**20
     shared = "`images` [batch, 3, H, W], normalised, to `logits`; preprocessing in its metadata"

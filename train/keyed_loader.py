@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from batches import Share, derive_seed, epoch_generator
 from interruption import SIGNALS
-from sources import DataError
+from rows import DataError
 
 Key = tuple[int, int]  # epoch and row
 Sample = tuple[Any, ...]

@@ -21,8 +21,8 @@ from disk import DiskError
 from interruption import Interruption, Stopped
 from models import ModelError
 from options import Options, parse_command
+from rows import DataError
 from run_folder import RunError, RunFolder
-from sources import DataError
 from totals import NonFiniteLossError
 from trainer import Trainer
 

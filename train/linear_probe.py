@@ -34,7 +34,8 @@ from evaluate import (
 )
 from loaders import eval_batches
 from models import ModelError, create_frozen
-from sources import DataError, ImageSource, Rows
+from rows import DataError, Rows
+from sources import ImageSource
 
 PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 HELD_OUT = 0.1  # of the training images, to choose the penalty

@@ -22,7 +22,7 @@ from keyed_loader import (
     finished,
     transform_under,
 )
-from sources import DataError, Rows
+from rows import DataError, Rows
 
 
 class LoaderBatches(KeyedBatches):

@@ -17,7 +17,8 @@ from batches import (
 )
 from loader_path import LoaderBatches, StreamBatches, loader_eval
 from recipe import Recipe
-from sources import DataError, ImageSource, Rows
+from rows import DataError, Rows
+from sources import ImageSource
 from tensor_path import TensorBatches, TensorEval, decode
 
 MEMORY_LIMIT = 8 << 30

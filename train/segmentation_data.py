@@ -13,7 +13,8 @@ from torchvision.transforms import v2
 
 from batches import Normalize
 from keyed_loader import Sample
-from sources import DataError, ImageRows, encoded, open_dataset, pick_column, pick_splits
+from rows import DataError, ImageRows
+from sources import encoded, open_dataset, pick_column, pick_splits
 
 IGNORE = 255
 

@@ -17,6 +17,7 @@ from gld_zoo.downstream import save_downstream
 from gld_zoo.segmentation import create_deeplabv3plus
 from keyed_loader import KeyedExamples
 from options import option
+from rows import DataError
 from segmentation_data import (
     IGNORE,
     Finish,
@@ -26,7 +27,6 @@ from segmentation_data import (
     stack,
     training_transform,
 )
-from sources import DataError
 from transfer import TransferRecipe, TransferTrainer
 
 

@@ -11,7 +11,7 @@ import torch
 from torchvision.transforms import v2
 
 from batches import Batch, Normalize, Share, epoch_generator
-from sources import DataError, Rows
+from rows import DataError, Rows
 
 CHUNK = 1024  # encoded images in memory while decoding
 

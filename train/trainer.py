@@ -25,8 +25,8 @@ from checkpoints import (
 )
 from interruption import CHECK_EVERY, Interruption, Stopped
 from options import Options
+from rows import DataError
 from run_folder import RunError, RunFolder, summarize
-from sources import DataError
 from totals import NonFiniteLossError, Totals
 
 BAR = "{desc} {percentage:3.0f}%|{bar:10}| {n}/{total} {elapsed}<{remaining}{postfix}"

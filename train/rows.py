@@ -1,0 +1,141 @@
+"""Rows of a dataset: images still encoded, decoded one at a time, and the classes of a split."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from datasets import Dataset, Image
+from PIL import Image as PILImage
+
+from gld_zoo.images import to_rgb
+
+Table = Any  # Dataset or IterableDataset, which share no base class
+
+
+class DataError(ValueError):
+    """The dataset is not what the recipe says; the message names the place and the remedy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageRows:
+    """One split, its images still encoded; `numbers` are the rows' own where some were left out."""
+
+    table: Table
+    image_column: str
+    where: str
+    numbers: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        """Return the number of rows; for a stream, what the dataset's card says.
+
+        Raises:
+            DataError: If the card does not say it.
+        """
+        count = self.count()
+        if count is None:
+            raise DataError(
+                f"{self.where} does not tell its number of rows (dataset_info in its card), which "
+                "streaming needs; set train_images"
+            )
+        return count
+
+    def count(self) -> int | None:
+        """Return the number of rows; None for a stream whose card does not say it."""
+        if isinstance(self.table, Dataset):
+            return len(self.table)
+        split = (self.table.info.splits or {}).get(str(self.table.split))
+        return (split.num_examples or None) if split else None
+
+    def place(self, row: int) -> str:
+        """Return how people find a row: its number in the dataset, and the split."""
+        number = row if self.numbers is None else int(self.numbers[row])
+        return f"row {number} of {self.where}"
+
+    def read(self, item: dict[str, Any], place: str) -> PILImage.Image:
+        """Decode an image as `to_rgb` does.
+
+        Args:
+            item: The encoded image.
+            place: What an error calls it.
+
+        Raises:
+            DataError: If it cannot be read.
+        """
+        try:
+            return to_rgb(Image().decode_example(item))
+        except Exception as error:
+            if item and item.get("path"):
+                place += f" (file {item['path']})"
+            raise DataError(
+                f"{place} is not a readable image ({type(error).__name__}: "
+                f"{error}); remove or replace it"
+            ) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows(ImageRows):
+    """A split of images with a class each; `words` are the indices of classes that are words."""
+
+    label_column: str
+    classes: int
+    words: dict[str, int] | None = None
+
+    def example(self, row: int, item: dict[str, Any]) -> tuple[PILImage.Image, int]:
+        """Return a row's image and class; `labels` has checked the classes of all.
+
+        Raises:
+            DataError: If the image cannot be read.
+        """
+        label = item[self.label_column]
+        if self.words is not None:
+            label = self.words[label]
+        return self.read(item[self.image_column], self.place(row)), label
+
+    def labels(self) -> torch.Tensor:
+        """Return the class indices int64 `[rows]`, none of them out of range.
+
+        Raises:
+            DataError: If one is; it names the first such row.
+        """
+        column = self.table[self.label_column]
+        found = column if self.words is None else map(self.words.get, column)
+        labels = torch.tensor([-1 if label is None else label for label in found])
+        wrong = ((labels < 0) | (labels >= self.classes)).nonzero().flatten()
+        if len(wrong):
+            row = int(wrong[0])
+            raise self.label_error(self.place(row), column[row], f" ({len(wrong)} such rows)")
+        return labels.to(torch.int64)
+
+    def hold_out(self, fraction: float, seed: int) -> tuple[Rows, Rows]:
+        """Split the rows class by class: those to keep, and a `fraction` (rounded) held out.
+
+        Of each class at least one row is held out and one is kept, if it has two.
+
+        Raises:
+            DataError: If no class has two.
+        """
+        labels = self.labels()
+        generator = torch.Generator().manual_seed(seed)
+        held = torch.zeros(len(labels), dtype=torch.bool)
+        for label in range(self.classes):
+            rows = (labels == label).nonzero().flatten()
+            rows = rows[torch.randperm(len(rows), generator=generator)]
+            held[rows[: min(max(1, round(fraction * len(rows))), len(rows) - 1)]] = True
+        if not held.any():
+            raise DataError(f"{self.where} has no class of two images, so none can be held out")
+        return self.select(~held), self.select(held)
+
+    def select(self, chosen: torch.Tensor) -> Rows:
+        """Return the rows where a mask `[rows]` is true."""
+        rows = chosen.nonzero().flatten()
+        numbers = rows if self.numbers is None else self.numbers[rows]
+        return replace(self, table=self.table.select(rows.tolist()), numbers=numbers)
+
+    def label_error(self, place: str, label: int | str | None, count: str = "") -> DataError:
+        """Return the error for a label outside the classes."""
+        classes = f"outside 0 to {self.classes - 1}" if self.words is None else "not a class"
+        return DataError(
+            f"{place} has label {label!r}, {classes}{count}; remove unlabelled rows or correct them"
+        )
