@@ -275,6 +275,9 @@ def test_compiled_run_trains(tiny_dataset, tmp_path, distill):
         (["--alpha", "2"], "alpha=2"),
         (["--train_images", "9"], "train_images=9 is for streaming"),
         (["--crop_scale", "[0.5, 1]"], "crop_scale=[0.5, 1.0] is for crop: resized"),
+        (["--crop", "resized", "--crop_padding", "8"], "crop_padding=8 is for crop: padded"),
+        (["--shuffle_buffer", "8"], "shuffle_buffer=8 is for streaming"),
+        (["--lr_power", "0.9", "--lr_decay", "0.2"], "lr_decay=0.2 is for lr_power: null"),
     ],
 )
 def test_errors_name_the_value_and_leave_no_folder(

@@ -113,6 +113,18 @@ class Options(ABC):
                 f"lr_drops={self.lr_drops} must be fractions of the epochs, between 0 and 1"
             )
 
+        if self.lr_power is not None:
+            self.refuse("is for lr_power: null alone", "lr_drops", "lr_decay")
+
+    def refuse(self, reason: str, *names: str) -> None:
+        """Refuse options that are not at their default and would have no effect."""
+        for field in dataclasses.fields(self):
+            default = field.default
+            if field.default_factory is not dataclasses.MISSING:
+                default = field.default_factory()
+            if field.name in names and (value := getattr(self, field.name)) != default:
+                raise ValueError(f"{field.name}={value} {reason}")
+
     @property
     @abstractmethod
     def subject(self) -> str:

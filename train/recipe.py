@@ -125,10 +125,12 @@ class Recipe(Options):
         for name in ("val_fraction", "test_fraction"):
             if not 0 <= (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name}={value} must be at least 0 and below 1")
-        if self.train_images and not self.streaming:
-            raise ValueError(f"train_images={self.train_images} is for streaming: true alone")
-        if self.crop == "padded" and self.crop_scale != [0.08, 1.0]:
-            raise ValueError(f"crop_scale={self.crop_scale} is for crop: resized alone")
+        if not self.streaming:
+            self.refuse("is for streaming: true alone", "train_images", "shuffle_buffer")
+        if self.crop == "padded":
+            self.refuse("is for crop: resized alone", "crop_scale")
+        else:
+            self.refuse("is for crop: padded alone", "crop_padding")
         if self.streaming and (self.val_fraction or self.test_fraction or self.in_memory):
             raise ValueError(
                 "streaming cannot be combined with val_fraction, test_fraction or in_memory"
