@@ -12,6 +12,7 @@ import timm
 import torch
 from PIL import Image
 
+from gld_zoo import cli, global_local_logits
 from gld_zoo.cli import class_names, find_images, main, read_image
 from gld_zoo.explain import SIDE, explain, seen_part
 from gld_zoo.hub import save_pretrained
@@ -201,3 +202,46 @@ def test_a_reader_that_has_had_enough_is_no_error():
         error = process.stderr.read()
     assert b"Traceback" not in error
     assert b"BrokenPipe" not in error
+
+
+def test_predictions_stay_with_their_files(tmp_path, rows, capsys):
+    for name, i in (("a", 0), ("b", 33)):
+        (tmp_path / f"{name}.png").write_bytes(rows["test"]["img"][i]["bytes"])
+    a, b = (tmp_path / f"{name}.png" for name in "ab")
+    found = []
+    for files in ([a], [b], [b, a]):
+        output = run(capsys, "predict", "--json", *files)
+        found += [json.loads(line) for line in output.splitlines()]
+    first, second, both = (one["classes"][0]["label"] for one in found[:3])
+    assert found[2]["image"] == str(b)
+    assert both == second != first
+
+
+def test_labels_are_the_whole_images_then_the_cells(monkeypatch):
+    given = []
+    monkeypatch.setattr(cli, "explain", lambda image, labels, activation: given.append(labels))
+    predictor = cli.Predictor("gld_wrn16_1")
+    noise = np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)
+    image = Image.fromarray(noise)
+    predictor.explain(image, 2)
+    with torch.no_grad():
+        logits = global_local_logits(predictor.model, predictor.transform(image)[None])[0]
+    best = logits.softmax(1).max(1)
+    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    assert given[0] == [f"{predictor.names[i]} {p:.0%}" for i, p in pairs]
+
+
+def test_words_are_in_their_own_cell():
+    image, flat = Image.new("RGB", (60, 60), "grey"), torch.zeros(4, 4)
+    labels = [" ", " ", "MMM MMM", " ", " "]  # the second cell: top right
+    blank, drawn = (np.asarray(explain(image, w, flat)).astype(int) for w in ([" "] * 5, labels))
+    rows, columns = np.nonzero(np.abs(drawn - blank).sum(2))
+    assert rows.max() < blank.shape[0] - SIDE / 2
+    assert columns.min() > SIDE / 2
+
+
+def test_a_photo_is_read_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    Image.new("RGB", (8, 4)).save(tmp_path / "x.jpg", exif=exif)
+    assert read_image(tmp_path / "x.jpg").size == (4, 8)

@@ -183,3 +183,8 @@ def test_what_is_not_whole_is_refused(model, tmp_path):
 def test_mistakes_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         create_ssd300(**options)
+
+
+def test_thresholds_are_ssds(model):
+    assert (model.nms_thresh, model.score_thresh, model.detections_per_img) == (0.45, 0.01, 200)
+    assert (model.proposal_matcher.high_threshold, model.neg_to_pos_ratio) == (0.5, 3)

@@ -196,6 +196,7 @@ def test_augmentation_is_ssds():
     assert steps[v2.RandomZoomOut].p == 0.5
     assert steps[v2.RandomIoUCrop].options == [0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0]
     assert steps[v2.RandomHorizontalFlip].p == 0.5
+    assert steps[v2.Resize].antialias is False  # as the model resizes
 
 
 def test_the_same_seed_gives_the_same_example(tmp_path):

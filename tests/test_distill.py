@@ -416,3 +416,20 @@ def test_the_headline_is_the_last_epoch():
     ]
     summary = summarize(history, dict(top1=60.0, top5=90.0), "top1")
     assert (summary["top1"], summary["best_epoch"], summary["best_epoch_top1"]) == (60.0, 1, 70.0)
+
+
+def test_top5_counts_five():
+    found = accuracy(-torch.arange(10.0).expand(3, 10), torch.tensor([0, 4, 5]))
+    assert found["train_top1"].item() == pytest.approx(100 / 3)
+    assert found["train_top5"].item() == pytest.approx(200 / 3)
+
+
+def test_means_are_of_the_steps_that_were_checked():
+    totals = Totals(torch.device("cpu"))
+    for step in (1, 2, 3, 4):
+        totals.add(dict(loss=torch.tensor(float(step))), {})
+        if step != 3:
+            totals.check(step, epoch=0)
+    assert totals.means() == dict(loss=2.5)
+    totals.add(dict(loss=torch.tensor(9.0)), {})
+    assert totals.means() == dict(loss=2.5)

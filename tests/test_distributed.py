@@ -31,10 +31,24 @@ def work(rank, port, queue):
     dist.init_process_group("gloo", rank=rank, world_size=WORLD)
     for linear in (True, False):
         relations._linear_is_cheaper = lambda rows, classes, linear=linear: linear
-        queue.put((linear, rank, *measure(rank)))
+        queue.put((linear, rank, *measure(rank), normalised(rank)))
     queue.close()
     queue.join_thread()
     dist.destroy_process_group()
+
+
+def normalised(rank=None):
+    """Return batch norm's output, gradient and statistics, of all images or of a process's own."""
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(4, 3, 5, 5, dtype=torch.float64, generator=generator)
+    layer = nn.Sequential(nn.BatchNorm2d(3, dtype=torch.float64))
+    if rank is not None:
+        images, layer = images[rank::WORLD], synchronise_batch_norm(layer, torch.device("cpu"))
+    images = images.clone().requires_grad_()
+    output = layer(images)
+    (output**3).sum().backward()
+    state = (layer[0].running_mean, layer[0].running_var)
+    return [value.tolist() for value in (output, images.grad, *state)]
 
 
 def measure(rank):
@@ -91,7 +105,7 @@ def test_relation_and_its_gradient_are_those_of_one_process(results):
     student.requires_grad_()
     terms = GLDLoss()(student, teacher, target)
     terms["loss"].backward()
-    for rank, values, gradient, _, _ in results:
+    for rank, values, gradient, *_ in results:
         assert values["loss_relation"] == pytest.approx(terms["loss_relation"].item(), rel=1e-12)
         # data parallelism averages over processes: each holds W times its share
         torch.testing.assert_close(
@@ -108,14 +122,21 @@ def test_relation_and_its_gradient_are_those_of_one_process(results):
 def test_relation_per_process_would_be_another_number(results):
     student, teacher, _ = example()
     whole = 500 * relation(student.flatten(0, 1), teacher.flatten(0, 1)).item()
-    for _, values, _, alone, _ in results:
+    for _, values, _, alone, *_ in results:
         assert values["loss_relation"] == pytest.approx(whole)
         assert alone > 1.5 * whole  # without gradients the relation is the local batch's
 
 
 def test_unequal_row_counts_are_refused(results):
-    for *_, refusal in results:
+    for *_, refusal, _ in results:
         assert "processes hold from 9 to 10 rows" in refusal
+
+
+def test_synchronised_batch_norm_is_that_of_all_images(results):
+    expected = [torch.tensor(value) for value in normalised()]
+    for rank, *_, found in results:
+        for i, (ours, whole) in enumerate(zip(map(torch.tensor, found), expected, strict=True)):
+            torch.testing.assert_close(ours, whole[rank::WORLD] if i < 2 else whole)
 
 
 @pytest.fixture(scope="module")

@@ -3,14 +3,17 @@
 import json
 import multiprocessing
 import shutil
+from types import SimpleNamespace
 
 import moved_boxes
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import launch, read_lines
 from PIL import Image
 from scenes import detection_rows, scene, segmentation_rows, write_detection, write_segmentation
+from torch import nn
 
 import detect
 import detector
@@ -18,6 +21,7 @@ import export
 import predict
 import segment
 import segmenter
+from gld_zoo.detection import create_ssd300
 from gld_zoo.downstream import load_downstream
 
 BACKBONE = ["--backbone", "mobilenetv3_small_050", "--pretrained", "false", "--threads", 1]
@@ -317,3 +321,65 @@ def test_masks_of_0_and_255_are_told_of(tmp_path, capsys):
     run(segment, *SEGMENT, "--dataset", folder, "--run", tmp_path / "run", "--epochs", 1)
     torch.set_num_threads(threads)
     assert capsys.readouterr().out.count("hold 1 classes beside 255, which is ignored") == 1
+
+
+def trainer_of_one(**more):
+    """What `measure` needs of a trainer in one process."""
+    machine = SimpleNamespace(num_processes=1, device=torch.device("cpu"))
+    return SimpleNamespace(
+        model=nn.Identity(), share_buffers=lambda: None, accelerator=machine, **more
+    )
+
+
+def test_each_precision_has_its_own_name(monkeypatch):
+    """One object found at an IoU of 0.62, and a difficult one found with more confidence."""
+    corners = [[0.0, 0.0, 100.0, 100.0], [200.0, 200.0, 300.0, 300.0]]
+    labels = torch.tensor([1, 1])
+    truth = dict(boxes=torch.tensor(corners), labels=labels, iscrowd=torch.tensor([0, 1]))
+    guess = dict(boxes=torch.tensor([[0.0, 0.0, 100.0, 62.0], corners[1]]), labels=labels)
+    guess.update(scores=torch.tensor([0.8, 0.9]))
+    monkeypatch.setattr(detector, "losses_and_detections", lambda *_: (torch.ones(1), [guess]))
+    found = detector.Detector.measure(trainer_of_one(), [([None], [truth])])
+    assert found == pytest.approx(dict(loss=1.0, ap=30.0, ap50=100.0, voc07=100.0))
+
+
+@torch.no_grad()
+def test_what_is_measured_is_what_the_model_detects():
+    model = create_ssd300("gld_resnet18", 5, pretrained_backbone=False).eval()
+    images = [torch.rand(3, 72, 96), torch.rand(3, 120, 50)]
+    targets = [dict(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.int64))] * 2
+    _, found = detector.losses_and_detections(model, images, targets)
+    for ours, theirs in zip(found, model(images), strict=True):
+        assert len(ours["boxes"])
+        for key, value in theirs.items():
+            torch.testing.assert_close(ours[key], value)
+
+
+def test_boxes_carry_their_own_classes_names():
+    boxes = torch.tensor([[2.0, 2.0, 30.0, 30.0]] * 2)
+    found = dict(boxes=boxes, labels=torch.tensor([1, 3]), scores=torch.tensor([0.9, 0.8]))
+
+    def model(images):
+        return [found]
+
+    model.config = dict(label_names=["red", "green", "blue"])
+    _, line = predict.draw_boxes(model, torch.zeros(3, 40, 40, dtype=torch.uint8), 0.5)
+    assert line == "red 90%, blue 80%"
+
+
+def test_pixels_are_counted_at_the_masks_size():
+    """Seven of eight are right: of all, whatever the classes; and enlarged by pixel centres."""
+    ramp = torch.tensor([-1.0, 2.0, 2.0, 2.0])
+    logits = torch.stack([0 * ramp, ramp])[None, :, None]
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 0]])  # the last one is wrong
+    options = dict(recipe=SimpleNamespace(num_classes=2), _warn_of_few_classes=lambda count: None)
+    found = segmenter.Segmenter.measure(trainer_of_one(**options), [([logits], [mask])])
+    assert found["accuracy"] == pytest.approx(100 * 7 / 8)
+    assert found["miou"] == pytest.approx(100 * (2 / 3 + 5 / 6) / 2)
+
+
+def test_ignored_pixels_are_not_in_the_mean():
+    logits, mask = torch.randn(1, 3, 4, 4), torch.randint(3, (1, 4, 4))
+    mask[:, 1:] = 255
+    expected = F.cross_entropy(logits[:, :, :1], mask[:, :1])
+    torch.testing.assert_close(segmenter.pixel_loss(logits, mask), expected)

@@ -8,10 +8,11 @@ import torch
 from conftest import read_lines
 from PIL import Image as PILImage
 
-from evaluate import cli, measuring_transforms, square_size
+from evaluate import cli, evaluate, measuring_transforms, square_size
 from gld_zoo.hub import save_pretrained
 from models import ModelError
 from scores import Scores
+from sources import ImageSource
 
 
 def scores_of(probabilities, target):
@@ -101,7 +102,8 @@ def test_images_are_prepared_as_the_cfg_says_or_it_is_refused():
     assert square_size(config, 40) == 40
     with pytest.raises(ModelError, match="crop_mode='border'"):
         measuring_transforms(dict(config, crop_mode="border"), 24)
-    wide = PILImage.linear_gradient("L").resize((60, 30)).convert("RGB")
+    wide = PILImage.linear_gradient("L").transpose(PILImage.Transpose.ROTATE_90)  # along x
+    wide = wide.resize((60, 30)).convert("RGB")
     for mode in ("center", "squash"):
         ours = measuring_transforms(dict(config, crop_mode=mode), 24).measuring()(wide)
         theirs = timm.data.create_transform(
@@ -141,3 +143,30 @@ def test_a_teachers_mistakes_are_named_before_the_images_are_read(
         with pytest.raises(SystemExit) as stop:
             cli([*options, "--teacher", teacher])
         assert words in str(stop.value.code)
+
+
+def test_agreement_is_of_the_global_rows():
+    ours, theirs = torch.eye(2)[:, None].repeat(1, 3, 1), torch.eye(2)[:, None]
+    ours[:, 1:] = ours[:, 1:].flip(2)  # whose cells say otherwise
+    target = torch.tensor([0, 0])
+    assert Scores(ours, target, 1.0).agreement(Scores(theirs, target, 1.0)) == 100.0
+
+
+def test_local_top1_is_of_the_cells(tiny_dataset, tmp_path, monkeypatch):
+    save_pretrained(timm.create_model("gld_wrn16_1", num_classes=4), tmp_path)
+    logits = torch.eye(4)[[0, 0, 0, 0, 1]].expand(3, 5, 4)
+    scores = Scores(logits, torch.ones(3, dtype=torch.int64), 1.0)
+    monkeypatch.setattr("evaluate.predict", lambda *_: scores)
+    source = ImageSource(str(tiny_dataset))
+    found = evaluate(f"local-dir:{tmp_path}", source, device=torch.device("cpu"))
+    assert (found["top1"], found["local_top1"]) == (0.0, [0.0, 0.0, 0.0, 100.0])
+
+
+def test_a_teacher_scores_as_it_does_alone(teacher_run, tiny_dataset, tmp_path):
+    model = timm.create_model(f"local-dir:{teacher_run}/last", pretrained=True)
+    save_pretrained(model, tmp_path, data_config=dict(mean=(0.9,) * 3, std=(0.1,) * 3))
+    teacher, source = f"local-dir:{tmp_path}", ImageSource(str(tiny_dataset))
+    options = dict(grid=0, device=torch.device("cpu"))
+    alone = evaluate(teacher, source, **options)
+    beside = evaluate(str(teacher_run), source, teacher=teacher, **options)
+    assert beside["teacher_top1"] == alone["top1"] != beside["top1"]

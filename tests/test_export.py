@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import SMALL_RUN, read_lines, write_dataset
+from conftest import FEATURES, SMALL_RUN, read_lines, write_dataset
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 import onnx_files
 from batches import Normalize
+from disk import sha256
 from export import cli
 from finished_run import FinishedRun
 from models import ModelError
@@ -116,12 +117,16 @@ def test_onnx_files_score_what_the_card_says(student_run, tiny_dataset, export, 
     small, large = ((folder / f"model{kind}.onnx").stat().st_size for kind in (".int8", ""))
     assert small < large / 2
     told = {prop.key: prop.value for prop in onnx.load(folder / "model.onnx").metadata_props}
-    assert json.loads(told["label_names"])[0] == "apple"
     config = timm.data.resolve_model_data_config(model)
-    assert json.loads(told["mean"]) == list(config["mean"])
+    keys = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
+    expected = {key: config[key] for key in keys} | dict(label_names=FEATURES["fine_label"].names)
+    found = {key: json.loads(value) for key, value in told.items()}
+    assert found == json.loads(json.dumps(expected))
 
 
-def test_weights_selected_on_held_out_images_are_measured(distill, tiny_dataset, export, tmp_path):
+def test_weights_selected_on_held_out_images_are_measured(
+    distill, tiny_dataset, export, tmp_path, monkeypatch
+):
     run = tmp_path / "run"
     options = [*SMALL_RUN, "--dataset", tiny_dataset, "--run", run, "--val_fraction", 0.25]
     distill(*options)
@@ -130,6 +135,9 @@ def test_weights_selected_on_held_out_images_are_measured(distill, tiny_dataset,
     assert scores(tmp_path / "best")["Top-1"] == pytest.approx(summary["best_top1"])
     best = max(line["val_top1"] for line in read_lines(run / "metrics.jsonl"))
     text = " ".join((tmp_path / "best" / "README.md").read_text().split())
+    monkeypatch.setattr("export.evaluate", lambda *_, **__: dict(top1=12.0, top5=34.0))
+    export(run, tmp_path / "again", "--weights", "best")
+    assert scores(tmp_path / "again") == {"Top-1": 12.0, "Top-5": 34.0}
     found = f"best one on the val images was {summary['best_epoch']} with {best:.2f} %"
     assert f"the weights are those of the best epoch, and the run's {found}" in text
 
@@ -170,3 +178,11 @@ def test_an_onnx_file_that_is_not_the_model_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(OnnxModel, "__call__", lambda self, images: right(self, images) + 1e-2)
     with pytest.raises(ModelError, match="differ from torch's"):
         onnx_files.write_onnx(model, tmp_path / "x.onnx", config, list("abc"))
+
+
+def test_a_cards_numbers_are_those_of_its_file(student_run, export, tmp_path, monkeypatch):
+    monkeypatch.setattr("export.evaluate", lambda *_, **__: dict(top1=12.0, top5=34.0))
+    export(student_run, tmp_path / "half", "--float16")
+    assert scores(tmp_path / "half") == {"Top-1": 12.0, "Top-5": 34.0}
+    card = (tmp_path / "half" / "README.md").read_text()
+    assert sha256(tmp_path / "half" / "model.safetensors") in card

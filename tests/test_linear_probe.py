@@ -3,11 +3,13 @@
 import json
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 
 import linear_probe
-from linear_probe import cli, fit, score
+from linear_probe import cli, fit, pooled_features, score
+from sources import ImageSource
 
 
 def problem(seed=0, rows=200, classes=3):
@@ -64,3 +66,33 @@ def test_a_model_without_weights_is_refused(tiny_dataset):
     with pytest.raises(SystemExit) as stop:
         cli(["--model", "gld_resnet44", "--dataset", str(tiny_dataset)])
     assert "model='gld_resnet44' cannot be created" in str(stop.value.code)
+
+
+def test_the_penalty_is_the_best_on_images_held_out_then_all_are_used(tiny_dataset, monkeypatch):
+    fitted, scored = [], []
+
+    def fit(features, target, classes, penalty):
+        fitted.append((*features.shape[:2], penalty))
+        return penalty
+
+    def score(penalty, features, target):
+        scored.append(tuple(features.shape[:2]))
+        return -abs(penalty - 1e-3)
+
+    monkeypatch.setattr(linear_probe, "fit", fit)
+    monkeypatch.setattr(linear_probe, "score", score)
+    source = ImageSource(str(tiny_dataset))
+    linear_probe.linear_probe("gld_wrn16_1", source, device=torch.device("cpu"))
+    held, penalties = scored[0][0], linear_probe.PENALTIES
+    assert 0 < held < 32
+    assert scored == [(held, 1)] * len(penalties) + [(64, 1), (33, 1)]
+    assert fitted == [*((64 - held, 2, value) for value in penalties), (64, 2, 1e-3)]
+
+
+def test_the_second_view_is_the_mirror_image():
+    model, target = timm.create_model("gld_wrn16_1").eval(), torch.zeros(2)
+    images = torch.randn(2, 3, 32, 32)
+    views, _ = pooled_features(model, [(images, target)], mirrored=True)
+    turned = torch.from_numpy(images.numpy()[..., ::-1].copy())
+    alone, _ = pooled_features(model, [(turned, target)], mirrored=False)
+    torch.testing.assert_close(views[:, 1:], alone)

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from scenes import COLORS, scene, segmentation_rows, write_segmentation
+from torchvision.transforms import v2
 
 from batches import Normalize
 from keyed_loader import transform_under
@@ -81,6 +82,12 @@ def test_augmentation_keeps_classes_on_their_pixels(tmp_path_factory, number):
         assert grown(inside)[near].all()
     if (moved == 255).any():  # only where the crop is larger than the image
         assert (pixels[:, moved == 255] == 0).all()
+
+
+def test_augmentation_is_deeplabs():
+    steps = training_transform(100, (0.0,) * 3).transforms
+    assert [type(one) for one in steps] == [v2.ScaleJitter, v2.RandomCrop, v2.RandomHorizontalFlip]
+    assert steps[2].p == 0.5
 
 
 def test_augmentation_scales_by_half_to_two(tmp_path):

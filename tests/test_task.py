@@ -51,8 +51,7 @@ def test_a_teacher_of_another_normalisation_sees_the_same_pixels():
     student.pretrained_cfg = dict(student.pretrained_cfg, mean=(0.5,) * 3, std=(0.25,) * 3)
     task = GLDTask(student, TEACHER)
     seen = []
-    original = task.teacher.normalize_input
-    task.teacher.normalize_input = lambda *given: seen.append(original(*given)) or seen[-1]
+    task.teacher_rows.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
     pixels, target = torch.rand(2, 3, 32, 32), torch.tensor([1, 2])
     task((pixels - 0.5) / 0.25, target)
     cfg = task.teacher.model.pretrained_cfg
@@ -134,3 +133,16 @@ def test_a_teacher_of_other_classes_is_refused(given):
     teacher = timm.create_model(TEACHER) if given == "module" else given
     with pytest.raises(ValueError, match="the student has 7 classes and the teacher 100"):
         GLDTask(timm.create_model("gld_wrn16_1", num_classes=7), teacher)
+
+
+def test_the_weights_and_the_grid_given_are_those_of_the_loss():
+    options = dict(alpha=0.25, beta=30.0, local_weight=2.5)
+    student = timm.create_model("gld_wrn16_1")
+    task = GLDTask(student, TEACHER, grid=4, global_batch=False, **options).eval()
+    assert not task.criterion.global_batch
+    images, target = example()
+    with torch.no_grad():
+        rows = [global_local_logits(model, images, 4) for model in (student, task.teacher.model)]
+        result = task(images, target)
+    for name, term in GLDLoss(**options)(*rows, target).items():
+        torch.testing.assert_close(result[name], term)

@@ -2,23 +2,28 @@
 
 import copy
 import itertools
+import json
+from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from conftest import write_dataset
+from datasets import ClassLabel, Features, Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distiller import Distiller
-from gld_zoo import GlobalLocal, logit_kl, relation
+from gld_zoo import GlobalLocal, global_local_logits, logit_kl, relation
 from gld_zoo.heads import classifiers
 from gld_zoo.hub import save_pretrained
-from models import GlobalOnly, create_student, set_training_mode
+from models import GlobalOnly, Teacher, create_student, set_training_mode
 from recipe import Recipe
 from run_folder import RunFolder
 
 READS = {"_local_scalar_dense", "nonzero", "item", "is_nonzero", "equal", "masked_select"}
+NEVER = SimpleNamespace(due=lambda step, last: (False, False))  # an Interruption
 METHODS = {"cpu", "tolist", "numpy", "item"}  # which do nothing to be seen on a CPU
 
 
@@ -138,3 +143,76 @@ def test_a_model_of_several_branches_is_trained_on_labels_alone():
     assert torch.equal(GlobalOnly(model)(images), model(images))
     with pytest.raises(ValueError, match="forward_features gives list for images"):
         GlobalLocal(model)(images)
+
+
+def test_every_step_has_its_seed_and_rate(tiny_dataset, tmp_path):
+    trainer, seen = build(tiny_dataset, tmp_path, epochs=2, lr=0.8, lr_power=1.0), []
+
+    def step(*batch):
+        seen.append((torch.rand(1).item(), trainer.optimizer.param_groups[0]["lr"]))
+        return dict(loss=torch.tensor(1.0)), {}
+
+    trainer.step = step
+    for epoch in range(2):
+        trainer.train_one_epoch(epoch, NEVER)
+    draws, rates = zip(*seen, strict=True)
+    assert len(set(draws)) == 8
+    assert rates == pytest.approx([0.8 * (1 - i / 8) for i in range(8)])
+
+
+def test_an_epoch_whose_steps_were_done_keeps_its_last_rate(tiny_dataset, tmp_path):
+    trainer = build(tiny_dataset, tmp_path, epochs=2, lr=0.8, lr_power=1.0)
+    trainer.position = (0, 4)
+    trainer.train_one_epoch(0, NEVER)
+    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(0.8 * (1 - 3 / 8))
+
+
+def test_held_out_images_select_and_the_test_split_is_measured_last(tiny_dataset, tmp_path):
+    trainer = build(tiny_dataset, tmp_path, val_fraction=0.25)
+    measured, exported, scores = [], [], iter([10.0, 30.0, 30.0, 20.0, 5.0])
+
+    def measure(batches):
+        measured.append(batches)
+        return dict(loss=1.0, top1=next(scores), top5=50.0)
+
+    trainer.measure = measure
+    trainer.export = lambda name: exported.append((name, len(measured)))
+    for epoch in range(4):
+        trainer.totals.add(dict(loss=torch.tensor(1.0)), dict(train_top1=torch.tensor(1.0)))
+        trainer.totals.check(1, epoch)
+        trainer.close_epoch(epoch)
+    summary = trainer.finish()
+    assert [batches is trainer.data.val for batches in measured] == [True] * 4 + [False]
+    assert exported == [("best", 1), ("best", 2), ("last", 5)]
+    assert (summary["top1"], summary["best_epoch"]) == (5.0, 2)
+
+
+def test_training_accuracy_is_of_the_global_rows(tiny_dataset, teacher_run, tmp_path):
+    trainer = build(tiny_dataset, tmp_path, teacher=f"local-dir:{teacher_run}/last")
+    rows = torch.eye(4)[[0, 1, 1, 1, 1]].expand(16, 5, 4).clone().requires_grad_()
+    trainer.network = lambda images: rows
+    images, _ = next(trainer.data.train.epoch(0))
+    _, others = trainer.forward(images, torch.zeros(16, dtype=torch.int64))
+    assert others["train_top1"] == 100
+    assert trainer.criterion.global_batch
+
+
+def test_class_names_are_saved_in_the_datasets_order(rows, tmp_path):
+    names = ["pear", "fig", "apple", "kiwi"]
+    features = Features(img=Image(), fine_label=ClassLabel(names=names))
+    trainer = build(write_dataset(tmp_path / "data", rows, features), tmp_path)
+    trainer.export("last")
+    config = json.loads((tmp_path / "run" / "last" / "config.json").read_text())
+    assert config["label_names"] == names
+
+
+@torch.no_grad()
+def test_a_teacher_of_another_normalisation_sees_the_same_pixels():
+    model = timm.create_model("gld_wrn16_2", pretrained=True).eval()
+    pixels, cfg = torch.rand(2, 3, 32, 32), model.pretrained_cfg
+    mean, std = (torch.tensor(cfg[name])[:, None, None] for name in ("mean", "std"))
+    expected = global_local_logits(model, (pixels - mean) / std)
+    teacher, given = Teacher(model, 2, (0.5,) * 3, (0.25,) * 3), (pixels - 0.5) / 0.25
+    torch.testing.assert_close(teacher(given), expected, rtol=1e-3, atol=1e-3)  # float32, folded
+    torch.testing.assert_close(teacher.classify(given), expected[:, 0], rtol=1e-3, atol=1e-3)
+    assert not any(module.training for module in teacher.train().modules())
