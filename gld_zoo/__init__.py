@@ -4,7 +4,7 @@ Importing this package registers the `gld_*` models with timm and does nothing e
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gld_zoo import cifar_resnet, cifar_wrn, gld_resnet  # noqa: F401  registers the models
 from gld_zoo.heads import GlobalLocal, global_local_logits
@@ -24,6 +24,11 @@ __all__ = [
     "relation",
 ]
 
+
+if TYPE_CHECKING:
+    from gld_zoo.detection import create_ssd300
+    from gld_zoo.segmentation import create_deeplabv3plus
+    from gld_zoo.task import GLDTask
 
 # torchvision's and timm's training code is for those who ask for it
 LAZY = dict(

@@ -12,7 +12,7 @@ def is_distributed() -> bool:
 
 
 def add_up(tensor: torch.Tensor, world_size: int) -> torch.Tensor:
-    """Add up a tensor over processes."""
+    """Add up a tensor over processes, in place where it is contiguous."""
     if world_size > 1:
         tensor = tensor.contiguous()
         dist.all_reduce(tensor)
@@ -34,7 +34,8 @@ def check_equal_rows(rows: torch.Tensor) -> None:
     Raises:
         ValueError: If it has not; on a GPU the device's own assertion fails instead.
     """
-    counts = torch.tensor([len(rows), -len(rows)], device=rows.device)
+    counts = torch.full((2,), len(rows), device=rows.device)  # made there: no copy to wait for
+    counts[1].neg_()
     dist.all_reduce(counts, op=dist.ReduceOp.MAX)
     remedy = (
         "the relation over the global batch needs as many rows of logits on every process; drop "

@@ -35,16 +35,17 @@ class GlobalLocal(nn.Module):
         grid: Cells along each side of the feature map, the paper's d.
 
     Raises:
-        ValueError: If the model's head does not begin with average pooling; what else is wrong is
-            told by `forward`, which sees the images.
+        ValueError: If the model is no classifier, or its head does not begin with average pooling;
+            what else is wrong is told by `forward`, which sees the images.
     """
 
     def __init__(self, model: nn.Module, grid: int = 2) -> None:
         super().__init__()
         self.model = model
         self.grid = grid
+        _check_model(model)
         parameter = next(model.parameters())
-        if getattr(model, "num_classes", 0) and not parameter.is_meta:
+        if not parameter.is_meta:
             map_like = parameter.new_empty(1, cast(Any, model).num_features, 2, 2)
             # here too, as a compiled forward does not check; heads that take no map at all fail
             with contextlib.suppress(RuntimeError, IndexError, AssertionError):

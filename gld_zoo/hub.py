@@ -226,8 +226,8 @@ def model_card(model: Any, results: dict[str, Any], repo_id: str) -> ModelCard:
             `precision`, `hardware`, `sha256` and `runs`, whose first has `seed`, `commit`, `top1`,
             `top5`, `best_epoch` and `best_epoch_top1` (and `best_epoch_split`, 'test' without it).
             Optional are `license`, a hub identifier, `finetuned_from`, the name of the weights it
-            began with, `selected`, true if they are the best epoch's instead of the last, and
-            `files`, lines about other files.
+            began with, `selected`, true if they are the best epoch's instead of the last,
+            `test_split`, the name of the split measured on, and `files`, lines about other files.
         repo_id: ORG/NAME, where the model will be.
 
     Raises:
@@ -240,13 +240,15 @@ def model_card(model: Any, results: dict[str, Any], repo_id: str) -> ModelCard:
     is_cifar100 = dataset in ("cifar100", CIFAR100)
     hub_id = CIFAR100 if is_cifar100 else dataset if HUB_ID.fullmatch(dataset) else None
     title = "CIFAR-100" if is_cifar100 else dataset
+    tested = results.get("test_split", "test")
+    best_split = run.get("best_epoch_split", "test")
     licence, files = results.get("license"), results.get("files", [])
     origin = f"distilled by GLD from `{teacher}`" if teacher else "trained on the labels alone"
     measured: dict[str, Any] = dict(
         task_type="image-classification",
         dataset_type=hub_id or re.sub(r"[^\w.-]+", "-", dataset, flags=re.ASCII),
         dataset_name=title,
-        dataset_split="test",
+        dataset_split=tested,
     )
     data = ModelCardData(
         model_name=repo_id.split("/")[-1],
@@ -274,7 +276,8 @@ def model_card(model: Any, results: dict[str, Any], repo_id: str) -> ModelCard:
         changes=changes or "none",
         licence=licence or "none is stated",
         epoch="best" if results.get("selected") else "last",
-        split=run.get("best_epoch_split", "test"),
+        tested=tested,
+        split=tested if best_split == "test" else best_split,
         run=run,
         results=results,
     )

@@ -4,6 +4,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported
 os.environ["ACCELERATE_USE_CPU"] = "true"
+os.environ["OMP_NUM_THREADS"] = "1"  # `pytest -n` runs tests side by side
 
 import contextlib
 import json
@@ -91,8 +92,10 @@ def launch(*options, processes=1, precision="no", script="distill.py"):
     command = ["accelerate.commands.launch", "--cpu", "--num_processes", "1"]
     command += ["--mixed_precision", precision]
     if processes > 1:  # accelerate starts one process on a CPU whatever it is told
-        command = ["torch.distributed.run", "--nproc_per_node", str(processes), "--"]
-    environment = dict(os.environ, OMP_NUM_THREADS="1")
+        # standalone: on a free port, as another test may hold the default one
+        command = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        command += ["--"]
+    environment = dict(os.environ)
     if not torch.accelerator.is_available():
         del environment["ACCELERATE_USE_CPU"]  # which a user need not know
     paths = os.pathsep.join(map(str, (CHECKOUT, CHECKOUT / "train")))

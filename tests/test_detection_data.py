@@ -8,8 +8,8 @@ from scenes import COLORS, detection_rows, png, scene, write_detection
 from torchvision.transforms import v2
 
 from detection_data import (
+    BoxesToDevice,
     DetectionSource,
-    Finish,
     collate,
     measuring_transform,
     training_transform,
@@ -212,7 +212,7 @@ def test_the_same_seed_gives_the_same_example(tmp_path):
 def test_a_batch_is_lists_of_plain_tensors(tmp_path):
     found = source(tmp_path, detection_rows([1, 2]))
     examples = [found.train.example(i, found.train.table[i]) for i in (0, 1)]
-    images, targets = Finish(torch.device("cpu"))(collate(examples))
+    images, targets = BoxesToDevice(torch.device("cpu"))(collate(examples))
     assert [type(image) for image in images] == [torch.Tensor] * 2
     assert images[0].dtype == torch.float32
     assert images[0].max() <= 1

@@ -147,14 +147,14 @@ def trained(tmp_path_factory, tiny_dataset, teacher_run):
     results = {}
     for processes, names in modes.items():
         # `accelerate launch` starts one process on a CPU whatever it is told
-        command = ["-m", "torch.distributed.run", "--nproc_per_node", processes]
+        command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
         script = [CHECKOUT / "tests" / "global_batch.py", tiny_dataset, teacher_run / "last"]
         paths = os.pathsep.join([str(CHECKOUT), str(CHECKOUT / "train")])
         subprocess.run(
             [sys.executable, *map(str, [*command, *script, folder / str(processes), *names])],
             check=True,
             timeout=240,
-            env=dict(os.environ, PYTHONPATH=paths, OMP_NUM_THREADS="1"),
+            env=dict(os.environ, PYTHONPATH=paths),
         )
         for name in names:
             results[name, processes] = load_file(folder / f"{processes}-{name}.safetensors")

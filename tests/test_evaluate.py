@@ -8,7 +8,8 @@ import torch
 from conftest import read_lines
 from PIL import Image as PILImage
 
-from evaluate import cli, evaluate, measuring_transforms, square_size
+from batches import measuring_transform
+from evaluate import cli, evaluate, square_size, table
 from gld_zoo.hub import save_pretrained
 from models import ModelError
 from scores import Scores
@@ -96,18 +97,23 @@ def test_any_timm_model_is_measured_with_local_rows_or_the_reason(
 
 
 def test_images_are_prepared_as_the_cfg_says_or_it_is_refused():
-    config = dict(input_size=(3, 24, 32), interpolation="bilinear", crop_pct=0.5)
+    config = dict(
+        input_size=(3, 24, 32), interpolation="random", crop_pct=0.5, mean=(0.1, 0.2, 0.3)
+    )
     with pytest.raises(ModelError, match="24x32, and only square ones"):
         square_size(config, None)
     assert square_size(config, 40) == 40
-    with pytest.raises(ModelError, match="crop_mode='border'"):
-        measuring_transforms(dict(config, crop_mode="border"), 24)
     wide = PILImage.linear_gradient("L").transpose(PILImage.Transpose.ROTATE_90)  # along x
     wide = wide.resize((60, 30)).convert("RGB")
-    for mode in ("center", "squash"):
-        ours = measuring_transforms(dict(config, crop_mode=mode), 24).measuring()(wide)
+    for mode in ("center", "squash", "border"):
+        ours = measuring_transform(dict(config, crop_mode=mode), 24)(wide)
         theirs = timm.data.create_transform(
-            24, interpolation="bilinear", crop_pct=0.5, crop_mode=mode, normalize=False
+            24,
+            interpolation="bilinear",
+            mean=config["mean"],
+            crop_pct=0.5,
+            crop_mode=mode,
+            normalize=False,
         )(wide)
         assert torch.equal(ours, theirs)
 
@@ -143,6 +149,18 @@ def test_a_teachers_mistakes_are_named_before_the_images_are_read(
         with pytest.raises(SystemExit) as stop:
             cli([*options, "--teacher", teacher])
         assert words in str(stop.value.code)
+
+
+def test_a_teacher_need_not_have_local_logits(student_run, tiny_dataset, tmp_path, capsys):
+    save_pretrained(timm.create_model("efficientvit_b0", num_classes=4), tmp_path / "pooled")
+    options = ["--model", str(student_run), "--dataset", str(tiny_dataset)]
+    cli([*options, "--teacher", f"local-dir:{tmp_path / 'pooled'}"])
+    assert "teacher top1" in capsys.readouterr().out
+
+
+def test_numbers_are_shown_with_their_units_or_in_full():
+    shown = table(dict(train_top1=51.234, penalty=1e-5)).splitlines()
+    assert [line.split(maxsplit=2)[-1] for line in shown] == ["51.23 %", "1e-05"]
 
 
 def test_agreement_is_of_the_global_rows():

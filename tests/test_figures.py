@@ -40,6 +40,15 @@ def test_concentration_is_the_share_above_half_of_each_maps_peak(monkeypatch, ca
     assert capsys.readouterr().out == "x: 12.5% of 16 positions, mean of 30 images\n"
 
 
+def test_images_come_in_the_order_asked_for_or_the_rows_there_are_named():
+    _, split = figures._images(figures.BUNDLED, [999, 0])
+    _, whole = figures._images(figures.BUNDLED, None)
+    assert torch.equal(split.images, whole.images[[999, 0]])
+    assert len(whole.labels) == 1000
+    with pytest.raises(SystemExit, match=r"rows 0 to 999, not 1000"):
+        figures.concentration({}, images=1001)
+
+
 def test_local_predictions_are_the_models_own(tmp_path, monkeypatch):
     """A model that gives every row of an image another class is written cell by cell."""
     texts = []

@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+import torchvision
 
 from gld_zoo import GlobalLocal, global_local_logits, heads
 
@@ -196,6 +197,13 @@ def test_a_head_with_another_pooling_is_refused_before_it_can_be_compiled():
     model = timm.create_model("resnet18", num_classes=5, global_pool="max")
     with pytest.raises(ValueError, match="does not begin with average pooling"):
         GlobalLocal(model)
+
+
+def test_what_is_no_timm_classifier_is_told_what_it_lacks():
+    with pytest.raises(ValueError, match="Identity has no forward_features"):
+        GlobalLocal(torch.nn.Identity())
+    with pytest.raises(ValueError, match="SqueezeNet has no forward_features"):
+        GlobalLocal(torchvision.models.squeezenet1_0(num_classes=3))
 
 
 def test_checking_a_head_leaves_the_random_state_alone():

@@ -142,6 +142,14 @@ def test_a_card_names_what_the_model_began_with_and_its_teacher():
     assert hub.model_card(model, entry(teacher="resnet18"), "org/name").data.base_model is None
 
 
+def test_a_card_tells_on_which_split_it_was_measured():
+    model = timm.create_model("gld_resnet20")
+    card = hub.model_card(model, entry(test_split="validation"), "org/name")
+    assert {result.dataset_split for result in card.data.eval_results} == {"validation"}
+    assert "pets, validation images, in" in card.text
+    assert "best one on the validation images" in card.text
+
+
 def test_a_card_of_results_that_lack_something_names_it(tmp_path):
     model = timm.create_model("gld_resnet20")
     with pytest.raises(ValueError, match=r"has no dataset, .*sha256, runs, runs\[0\].seed"):

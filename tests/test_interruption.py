@@ -165,13 +165,14 @@ def test_the_second_ctrl_c_is_not_held_back(interruptible, monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_sigterm_sent_again_does_not_end_the_run_before_its_checkpoint(interruptible):
+def test_sigterm_sent_again_does_not_end_the_run_before_its_checkpoint(interruptible, capfd):
     with Interruption(Alone(), max_minutes=None, checkpoint_minutes=1) as interruption:
         interruption.begin()
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
             os.kill(os.getpid(), number)
         assert interruption.due(3) == (True, True)
         assert interruption.cause in ("SIGTERM", "SIGINT")
+    assert "SIGTERM: ending at a checkpoint; Ctrl-C twice ends at once" in capfd.readouterr().err
 
 
 @pytest.mark.slow
@@ -180,7 +181,8 @@ def test_a_batch_systems_signal_to_launcher_and_processes_writes_a_checkpoint(
 ):
     """The launcher passes SIGTERM on to processes that have had it."""
     run = tmp_path / "run"
-    command = ["torch.distributed.run", "--nproc_per_node", 2, "--", CHECKOUT / "train/distill.py"]
+    command = ["torch.distributed.run", "--standalone", "--nproc_per_node", 2, "--"]
+    command += [CHECKOUT / "train" / "distill.py"]
     options = [*SMALL_RUN, "--dataset", tiny_dataset, "--epochs", 500, "--run", run]
     process = subprocess.Popen(
         [sys.executable, "-m", *map(str, [*command, *options])],
@@ -188,7 +190,7 @@ def test_a_batch_systems_signal_to_launcher_and_processes_writes_a_checkpoint(
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        env=dict(os.environ, PYTHONPATH=str(CHECKOUT), OMP_NUM_THREADS="1"),
+        env=dict(os.environ, PYTHONPATH=str(CHECKOUT)),
     )
     while not list(run.glob("checkpoints/epoch-00002")):
         assert process.poll() is None, process.stdout.read()

@@ -26,7 +26,8 @@ def encode(image, format="PNG"):
     return {"bytes": buffer.getvalue(), "path": None}
 
 
-NORMALIZE = Normalize(MEAN, STD, torch.device("cpu"))
+CPU = torch.device("cpu")
+NORMALIZE = Normalize(MEAN, STD, CPU)
 
 
 def batches_of(split, **options):
@@ -239,14 +240,14 @@ def test_a_folder_without_images_is_refused(tmp_path):
 
 def test_what_does_not_fit_in_memory_is_read_when_needed():
     source, recipe = ImageSource(str(BUNDLED)), Recipe(student="gld_resnet20")
-    assert fits_in_memory(source, recipe, 32)
-    assert not fits_in_memory(source, recipe, 4000)
-    assert not fits_in_memory(source, replace(recipe, crop="resized"), 32)
-    assert not fits_in_memory(source, replace(recipe, in_memory=False), 32)
+    assert fits_in_memory(source, recipe, 32, CPU)
+    assert not fits_in_memory(source, recipe, 4000, CPU)
+    assert not fits_in_memory(source, replace(recipe, crop="resized"), 32, CPU)
+    assert not fits_in_memory(source, replace(recipe, in_memory=False), 32, CPU)
     with pytest.raises(DataError, match="134 GiB decoded at 4000x4000"):
-        fits_in_memory(source, replace(recipe, in_memory=True), 4000)
+        fits_in_memory(source, replace(recipe, in_memory=True), 4000, CPU)
     with pytest.raises(DataError, match="takes parts of the original images"):
-        fits_in_memory(source, replace(recipe, in_memory=True, crop="resized"), 32)
+        fits_in_memory(source, replace(recipe, in_memory=True, crop="resized"), 32, CPU)
 
 
 def crop(split, index, top, left, flip):
@@ -277,7 +278,7 @@ def test_every_offset_is_drawn_and_half_are_mirrored():
     size, padding, count = 6, 2, 1000
     place = torch.arange(1, size**2 + 1, dtype=torch.uint8).reshape(size, size, 1)
     split = Split(place.expand(count, size, size, 3).clone(), torch.zeros(count, dtype=torch.int64))
-    plain = Normalize((0, 0, 0), (1 / 255,) * 3, torch.device("cpu"))
+    plain = Normalize((0, 0, 0), (1 / 255,) * 3, CPU)
     batches = TensorBatches(
         split, plain, batch_size=count, crop_padding=padding, flip=True, seed=0, share=Share()
     )

@@ -101,7 +101,7 @@ def test_every_recipe_builds_its_models_and_takes_a_step(path, tiny_dataset, tmp
         return timm.create_model(architecture(name), **dict(options, pretrained=False))
 
     monkeypatch.setattr("models.create_model", create)
-    monkeypatch.setattr("build.create_teacher", build_teacher)
+    monkeypatch.setattr("build.create_frozen", build_teacher)
     run = RunFolder(tmp_path / "run", recipe, resume=False)
     trainer = Distiller(recipe, run, Accelerator(cpu=True))
     trainer.network.train()
@@ -116,7 +116,7 @@ def test_every_recipe_builds_its_models_and_takes_a_step(path, tiny_dataset, tmp
     assert len(terms) == (5 if recipe.teacher else 2)
 
 
-def build_teacher(name, label_names, device):
+def build_teacher(name, device, *, label_names, role):
     teacher = timm.create_model(architecture(name), num_classes=len(label_names))
     return teacher.eval().requires_grad_(False)
 

@@ -8,14 +8,13 @@ from scenes import COLORS, scene, segmentation_rows, write_segmentation
 from torchvision.transforms import v2
 
 from batches import Normalize
-from keyed_loader import transform_under
+from keyed_loader import stack, transform_under
 from rows import DataError
 from segmentation_data import (
-    Finish,
+    ListsToDevice,
     MeasuringTransform,
     SegmentationSource,
     listed,
-    stack,
     training_transform,
 )
 
@@ -111,12 +110,12 @@ def test_batches_are_normalised(tmp_path):
     rows = segmentation_rows([1, 2], size=(96, 72))
     found = source(tmp_path, rows)
     examples = [found.train.example(i, found.train.table[i]) for i in (0, 1)]
-    finish = Finish(Normalize((0.5,) * 3, (0.25,) * 3, torch.device("cpu")))
-    images, masks = finish(stack(examples))
+    to_device = ListsToDevice(Normalize((0.5,) * 3, (0.25,) * 3, torch.device("cpu")))
+    images, masks = to_device(stack(examples))
     assert images.shape == (2, 3, 72, 96)
     expected = (torch.from_numpy(rows[0][0]).permute(2, 0, 1) / 255 - 0.5) / 0.25
     torch.testing.assert_close(images[0], expected, atol=1e-5, rtol=0)
     assert type(masks) is torch.Tensor
-    several, alone = finish(listed(examples))
+    several, alone = to_device(listed(examples))
     torch.testing.assert_close(several[1], images[1:])
     assert torch.equal(alone[1], masks[1])

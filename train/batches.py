@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from PIL.Image import Image
+from timm.data import create_transform
 from torchvision.transforms import v2
 
 from rows import DataError
@@ -84,7 +85,7 @@ def epoch_generator(seed: int, epoch: int) -> torch.Generator:
 
 @dataclass(frozen=True)
 class Transforms:
-    """How images become uint8 tensors `[3, size, size]`, for training and for measuring.
+    """How training images become uint8 tensors `[3, size, size]`.
 
     Args:
         size: Side in pixels.
@@ -93,9 +94,6 @@ class Transforms:
             of it, resized.
         crop_padding: Border in pixels.
         crop_scale: Smallest and largest part of the area.
-        crop_pct: Share of the resized image's side that the centre crop keeps when measuring.
-        squash: Resize to a square when measuring, whatever the image's proportions (timm's crop
-            mode of that name), instead of by the shorter side.
         flip: Mirror half of the training images.
     """
 
@@ -104,27 +102,18 @@ class Transforms:
     crop: str = "padded"
     crop_padding: int = 4
     crop_scale: tuple[float, ...] = (0.08, 1.0)
-    crop_pct: float = 1.0
-    squash: bool = False
     flip: bool = True
-
-    @property
-    def _mode(self) -> v2.InterpolationMode:
-        name = self.interpolation
-        return v2.InterpolationMode("bilinear" if name == "random" else name)
 
     def fit(self) -> v2.Compose:
         """Return the transform of images to crop later: by the shorter side, at the centre."""
-        return self._resize_and_crop(self.size)
+        return v2.Compose([*self._fit(), v2.PILToTensor()])
 
-    def measuring(self) -> v2.Compose:
-        """Return the transform of images to measure on."""
-        side = math.floor(self.size / self.crop_pct)
-        return self._resize_and_crop((side, side) if self.squash else side)
+    def _fit(self) -> list[Any]:
+        return [v2.Resize(self.size, self._mode), v2.CenterCrop(self.size)]
 
-    def _resize_and_crop(self, size: int | tuple[int, int]) -> v2.Compose:
-        steps = [v2.Resize(size, self._mode), v2.CenterCrop(self.size), v2.PILToTensor()]
-        return v2.Compose(steps)
+    @property
+    def _mode(self) -> v2.InterpolationMode:
+        return v2.InterpolationMode(_plain(self.interpolation))
 
     def training(self) -> v2.Compose:
         """Return the random transform of images to train on."""
@@ -132,11 +121,35 @@ class Transforms:
         if self.crop == "resized":
             steps = [v2.RandomResizedCrop(self.size, self.crop_scale, interpolation=self._mode)]
         else:
-            steps = [v2.Resize(self.size, self._mode), v2.CenterCrop(self.size)]
-            steps += [v2.RandomCrop(self.size, padding=self.crop_padding)]
+            steps = [*self._fit(), v2.RandomCrop(self.size, padding=self.crop_padding)]
         if self.flip:
             steps.append(v2.RandomHorizontalFlip())
         return v2.Compose([*steps, v2.PILToTensor()])
+
+
+def measuring_transform(config: dict[str, Any], size: int) -> v2.Transform:
+    """Return timm's transform of images to measure on: to uint8 `[3, size, size]`.
+
+    A class that comes with the image is handed on.
+
+    Args:
+        config: timm's data config.
+        size: Side in pixels.
+    """
+    transform = create_transform(
+        size,
+        interpolation=_plain(config["interpolation"]),
+        mean=config["mean"],  # the border's colour, where there is one
+        crop_pct=config["crop_pct"],
+        crop_mode=config.get("crop_mode"),
+        normalize=False,
+    )
+    return v2.Lambda(transform, Image)
+
+
+def _plain(interpolation: str) -> str:
+    """Return a timm cfg's interpolation; 'random' is one of several, in training alone."""
+    return "bilinear" if interpolation == "random" else interpolation
 
 
 class Normalize:

@@ -13,10 +13,10 @@ from batches import derive_seed
 from gld_zoo import GlobalLocal
 from models import (
     GlobalOnly,
-    ModelError,
     Teacher,
+    create_frozen,
     create_student,
-    create_teacher,
+    refusals,
     resolve_data_config,
     weights_sha256,
 )
@@ -50,17 +50,19 @@ def build_models(recipe: Recipe, label_names: Sequence[str], accelerator: Accele
     if recipe.sync_batch_norm and accelerator.num_processes > 1:
         student = synchronise_batch_norm(student, device)
     config = resolve_data_config(student, recipe.image_size, recipe.crop_pct)
-    network: nn.Module = GlobalOnly(student)
+    # both are shown two images: what they refuse is refused before the first epoch
+    images = torch.zeros((2, *config["input_size"]), device=device)
+    size = images.shape[-1]
+    with refusals(f"student {recipe.student!r}", size):
+        network = GlobalLocal(student, recipe.grid) if recipe.teacher else GlobalOnly(student)
+        network.eval()(images)
     teacher, sha256 = None, None
     if recipe.teacher:
-        network = GlobalLocal(student, recipe.grid)
-        model = create_teacher(recipe.teacher, label_names, device)
+        model = create_frozen(recipe.teacher, device, label_names=label_names, role="teacher")
         sha256 = weights_sha256(model)  # before its batch norm is folded
-        teacher = Teacher(model, recipe.grid, config["mean"], config["std"])
-    size = config["input_size"]
-    _check(f"student {recipe.student!r}", network.eval(), size, device)
-    if teacher:
-        _check(f"teacher {recipe.teacher!r}", teacher, size, device)
+        with refusals(f"teacher {recipe.teacher!r}", size):
+            teacher = Teacher(model, recipe.grid, config["mean"], config["std"])
+            teacher(images)
     if recipe.compile:
         # CUDA graphs: small models are bound by the launches of their kernels
         mode = "reduce-overhead" if device.type == "cuda" else None
@@ -68,15 +70,3 @@ def build_models(recipe: Recipe, label_names: Sequence[str], accelerator: Accele
         if teacher:
             teacher.compile(mode=mode)
     return Models(student, teacher, network, config, sha256)
-
-
-@torch.no_grad()
-def _check(name: str, model: nn.Module, size: tuple[int, ...], device: torch.device) -> None:
-    """Show a model two images: what it refuses is refused before the first epoch."""
-    images = torch.zeros((2, *size), device=device)
-    try:
-        model(images)
-    except (ValueError, RuntimeError, AssertionError) as error:
-        raise ModelError(
-            f"{name} cannot be used on {size[-1]}x{size[-1]} images: {error}"
-        ) from error

@@ -11,7 +11,7 @@ from datasets import ClassLabel, Image
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from keyed_loader import Sample
+from keyed_loader import Sample, move
 from rows import DataError, ImageRows
 from sources import encoded, is_integer, open_dataset, pick_column, pick_splits
 
@@ -233,7 +233,7 @@ def collate(samples: list[Sample]) -> tuple[list[torch.Tensor], list[dict[str, t
     return list(images), list(targets)
 
 
-class Finish:
+class BoxesToDevice:
     """Move a batch to its device: images from 0 to 1, plain tensors."""
 
     def __init__(self, device: torch.device) -> None:
@@ -244,10 +244,7 @@ class Finish:
     ) -> tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]]:
         """Return the images and targets."""
         images, targets = batch
-        return (
-            [self._move(image) / 255 for image in images],
-            [{key: self._move(value) for key, value in target.items()} for target in targets],
-        )
-
-    def _move(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.as_subclass(torch.Tensor).to(self.device, non_blocking=True)
+        moved = [
+            {key: move(value, self.device) for key, value in target.items()} for target in targets
+        ]
+        return [move(image, self.device) / 255 for image in images], moved

@@ -15,8 +15,8 @@ from torchvision.ops import box_iou
 
 from batches import Data, EvalBatches, Share
 from detection_data import (
+    BoxesToDevice,
     DetectionSource,
-    Finish,
     Format,
     collate,
     measuring_transform,
@@ -97,11 +97,13 @@ class Detector(TransferTrainer):
         augmented = training_transform(SIZE, model.transform.image_mean)
         data = self.read(
             share,
-            Finish(self.accelerator.device),
-            KeyedExamples(self.source.train, augmented if recipe.augment else plain, recipe.seed),
-            collate,
-            KeyedExamples(self.source.test, plain, 0),
-            collate,
+            BoxesToDevice(self.accelerator.device),
+            train=KeyedExamples(
+                self.source.train, augmented if recipe.augment else plain, recipe.seed
+            ),
+            train_collate=collate,
+            test=KeyedExamples(self.source.test, plain, 0),
+            test_collate=collate,
         )
         return data, model, SSDLoss(model)
 

@@ -15,9 +15,10 @@ from batches import Data, EvalBatches, Share
 from build import build_models
 from gld_zoo import GLDLoss
 from gld_zoo.hub import save_pretrained
-from loaders import load_data, open_source
+from loaders import load_data
 from models import ModelError, create_frozen, set_training_mode
 from recipe import Recipe
+from sources import open_source
 from trainer import Trainer
 
 
@@ -118,7 +119,10 @@ class Distiller(Trainer):
                 top1=self.teacher_top1,
             )
         more: dict[str, Any] = dict(
-            dataset=self.source.name, dataset_is_folder=self.source.is_folder, teacher=teacher
+            dataset=self.source.name,
+            dataset_is_folder=self.source.is_folder,
+            test_split=self.source.test_split,
+            teacher=teacher,
         )
         if self.data.val:
             self.accelerator.wait_for_everyone()
@@ -131,11 +135,15 @@ class Distiller(Trainer):
         return dict(super().made_of(), **hashes)
 
     def _measure_best(self) -> float | None:
-        folder = self.run.path / "best"
+        best, reason = None, "a process on another machine cannot read it"
         try:
-            best = create_frozen(f"local-dir:{folder}", self.accelerator.device)
+            best = create_frozen(f"local-dir:{self.run.path / 'best'}", self.accelerator.device)
         except ModelError as error:  # a run at its end does not fail for it
-            self.accelerator.print(f"best/ is not measured: {error}")
+            reason = str(error)
+        missing = torch.tensor(float(best is None), device=self.accelerator.device)
+        missing = self.accelerator.reduce(missing)  # all measure, or none
+        if best is None or missing.item():
+            self.accelerator.print(f"best/ is not measured: {reason}")
             return None
         return self._evaluate(best, self.data.test)["top1"]
 

@@ -14,19 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from timm.data import resolve_model_data_config
 from torch.utils.flop_counter import FlopCounterMode
 
-from batches import EvalBatches, Normalize, Share, Transforms
+from batches import EvalBatches, Share
 from disk import DiskError, write_text
 from gld_zoo import global_local_logits
 from loaders import eval_batches
-from models import ModelError, Teacher, create_teacher
+from models import ModelError, Teacher, create_frozen, measuring_device, refusals
 from rows import DataError, Rows
 from scores import predict
-from sources import ImageSource
+from sources import ImageSource, open_source
 
 
 def evaluate(
@@ -56,15 +56,16 @@ def evaluate(
         DataError: If the dataset does not fit.
         ModelError: If a model does not.
     """
-    model = create_teacher(resolve_name(name), source.label_names, device, role="model")
+    labels = source.label_names
+    model = create_frozen(resolve_name(name), device, label_names=labels)
     config = resolve_model_data_config(model)
     size, mean, std = square_size(config, image_size), config["mean"], config["std"]
     check_takes(name, model, size, device)
     reference = None
     if teacher:  # before the images are read, so that its mistakes cost nothing
-        theirs = create_teacher(resolve_name(teacher), source.label_names, device)
+        theirs = create_frozen(resolve_name(teacher), device, label_names=labels, role="teacher")
         check_takes(teacher, theirs, size, device)
-        reference = Teacher(theirs, 1, mean, std)
+        reference = Teacher(theirs, None, mean, std)
     missing = missing_local_rows(model, size, grid, device)
     batches = measuring_batches(
         source.test, config, size, device, batch_size=batch_size, workers=workers
@@ -108,22 +109,6 @@ def square_size(config: dict[str, Any], image_size: int | None) -> int:
     return image_size or width
 
 
-def measuring_transforms(config: dict[str, Any], size: int) -> Transforms:
-    """Return how a model's images are prepared, as its cfg says.
-
-    Raises:
-        ModelError: If its cfg asks for a crop mode that is not supported.
-    """
-    mode = config.get("crop_mode", "center")
-    if mode not in ("center", "squash"):
-        raise ModelError(
-            f"the model's cfg asks for crop_mode={mode!r}; supported are 'center' and 'squash'"
-        )
-    return Transforms(
-        size, config["interpolation"], crop_pct=config["crop_pct"], squash=mode == "squash"
-    )
-
-
 def measuring_batches(
     rows: Rows,
     config: dict[str, Any],
@@ -137,12 +122,12 @@ def measuring_batches(
 
     Raises:
         DataError: If an image or a label cannot be used.
-        ModelError: If the cfg asks for what is not supported.
     """
     return eval_batches(
         rows,
-        measuring_transforms(config, size),
-        Normalize(config["mean"], config["std"], device),
+        config,
+        size,
+        device,
         batch_size=batch_size,
         share=Share(),
         workers=workers,
@@ -150,19 +135,14 @@ def measuring_batches(
     )
 
 
-@torch.no_grad()
 def check_takes(name: str, model: Any, size: int, device: torch.device) -> None:
     """Refuse a size of images that a model cannot take before they are read.
 
     Raises:
         ModelError: If it cannot.
     """
-    try:
+    with refusals(f"model {name!r}", size):
         model(torch.zeros(1, 3, size, size, device=device))
-    except (ValueError, RuntimeError, AssertionError) as error:
-        raise ModelError(
-            f"model {name!r} cannot take {size}x{size} images: {error}; choose another --image_size"
-        ) from error
 
 
 @torch.no_grad()
@@ -200,15 +180,14 @@ def resolve_name(name: str) -> str:
 
 def table(result: dict[str, Any]) -> str:
     """Return a result as lines of name and value for people."""
-    units = dict(
-        top1="%", top5="%", calibration_error="%", teacher_top1="%", agreement="%", image_size="px"
-    )
+    percent = ("top1", "top5", "train_top1", "teacher_top1", "agreement", "calibration_error")
+    units = dict.fromkeys(percent, "%") | dict(image_size="px")
     lines = []
     for name, value in result.items():
         if isinstance(value, list):
             text = "  ".join(f"{item:.2f}" for item in value) + " %"
         elif isinstance(value, float):
-            text = f"{value:.2f} {units.get(name, '')}"
+            text = f"{value:.2f} {units[name]}" if name in units else f"{value:g}"
         else:
             text = f"{value:,} {units.get(name, '')}" if isinstance(value, int) else value
         lines.append(f"{name.replace('_', ' '):<18} {text.strip()}")
@@ -227,20 +206,6 @@ def add_source_options(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--image_column", type=str | None, help="null takes the first of images")
     parser.add_argument("--label_column", type=str | None, help="null takes the first of classes")
-
-
-def open_source(options: Namespace) -> ImageSource:
-    """Find the dataset that `add_source_options`' options name."""
-    return ImageSource(
-        options.dataset,
-        config=options.dataset_config,
-        revision=options.dataset_revision,
-        train_split=options.train_split,
-        test_split=options.test_split,
-        test_fraction=options.test_fraction,
-        image_column=options.image_column,
-        label_column=options.label_column,
-    )
 
 
 def cli(arguments: list[str] | None = None) -> None:
@@ -262,7 +227,6 @@ def cli(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--json", type=str | None, help="file to write the result to")
     options = parser.parse_args(arguments)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         result = evaluate(
             options.model,
@@ -272,7 +236,7 @@ def cli(arguments: list[str] | None = None) -> None:
             image_size=options.image_size,
             batch_size=options.batch_size,
             workers=options.workers,
-            device=device,
+            device=measuring_device(),
         )
         print(table(result))
         if options.json:

@@ -26,13 +26,12 @@ from disk import DiskError, replace_folder, sha256, writing
 from evaluate import evaluate, measuring_batches
 from finished_run import FinishedRun
 from gld_zoo.hub import model_card, push_folder, save_pretrained
-from loaders import open_source
 from models import ModelError, create_frozen
 from onnx_files import OnnxModel, check_packages, quantize, write_onnx
 from rows import DataError
 from run_folder import RunError
 from scores import predict
-from sources import ImageSource
+from sources import ImageSource, open_source
 
 CPU = torch.device("cpu")
 CALIBRATION = 512  # training images whose activations give the ranges of 8 bits
@@ -64,7 +63,7 @@ def export(
         license: Of the weights, as the hub names it; None states none.
 
     Returns:
-        Top-1 in % of each file of weights.
+        Top-1 in % of each file that was measured.
 
     Raises:
         DataError: If the dataset is needed and does not fit.
@@ -135,6 +134,7 @@ def _describe_run(finished: FinishedRun, scores: dict[str, Any]) -> dict[str, An
         finetuned_from=recipe.student if recipe.finetune else None,
         recipe="recipe.yaml",
         changes={},
+        test_split=finished.summary.get("test_split", "test"),  # older runs do not tell
         runs=[dict(scores, best_epoch_split=finished.summary["best_epoch_split"])],
     )
 
@@ -142,10 +142,9 @@ def _describe_run(finished: FinishedRun, scores: dict[str, Any]) -> dict[str, An
 def _write_int8(folder: Path, config: dict[str, Any], source: ImageSource) -> float:
     """Quantise the ONNX file of a folder; return the top-1 in % of what was written."""
     size = config["input_size"][-1]
-    chosen = torch.zeros(len(source.train), dtype=torch.bool)
-    order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0))
-    chosen[order[:CALIBRATION]] = True
-    calibration = measuring_batches(source.train.select(chosen), config, size, CPU, batch_size=64)
+    order = torch.randperm(len(source.train), generator=torch.Generator().manual_seed(0))
+    rows = source.train.select(order[:CALIBRATION].sort().values)
+    calibration = measuring_batches(rows, config, size, CPU, batch_size=64)
     target = folder / "model.int8.onnx"
     quantize(folder / "model.onnx", target, (images for images, _ in calibration))
     test = measuring_batches(source.test, config, size, CPU)

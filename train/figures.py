@@ -67,15 +67,17 @@ def activations(
 
 
 @torch.no_grad()
-def concentration(models: dict[str, str], dataset: str = BUNDLED, images: int = 2000) -> None:
+def concentration(
+    models: dict[str, str], dataset: str = BUNDLED, images: int | None = None
+) -> None:
     """Print how wide the maps of `activations` are: the share of a map above half its maximum.
 
     Args:
         models: Label and model.
         dataset: Hub id or folder of the images.
-        images: How many of its test split to average over, from the first on.
+        images: How many of its test split to average over, from the first on; null takes all.
     """
-    _, split = _images(dataset, list(range(images)))
+    _, split = _images(dataset, None if images is None else list(range(images)))
     for label, name in models.items():
         model, inputs = _model_and_inputs(name, split)
         maps = torch.cat([model.forward_features(part).amax(1) for part in inputs.split(250)])
@@ -203,11 +205,14 @@ def _history(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def _images(dataset: str, rows: list[int]) -> tuple[ImageSource, Split]:
+def _images(dataset: str, rows: list[int] | None) -> tuple[ImageSource, Split]:
+    """Return a dataset, and rows of its test split in the order given; None takes all."""
     source = ImageSource(dataset)
-    chosen = torch.zeros(len(source.test), dtype=torch.bool)
-    chosen[rows] = True
-    test = source.test.select(chosen)
+    test, count = source.test, len(source.test)
+    if rows is not None:
+        if wrong := [row for row in rows if not 0 <= row < count]:
+            sys.exit(f"error: {test.where} has rows 0 to {count - 1}, not {wrong[0]}")
+        test = test.select(torch.tensor(rows))
     size = test.read(test.table[0][test.image_column], test.place(0)).width
     return source, decode(test, Transforms(size).fit(), size)
 

@@ -87,10 +87,10 @@ class Interruption:
             raise KeyboardInterrupt
         if self.accelerator.is_local_main_process:
             # print could meet itself here, half way through a line
+            often = "" if number == signal.SIGINT else " twice"
+            text = f"\n{self.reason}: ending at a checkpoint; Ctrl-C{often} ends at once\n"
             with contextlib.suppress(OSError):
-                os.write(
-                    2, f"\n{self.reason}: ending at a checkpoint; Ctrl-C ends at once\n".encode()
-                )
+                os.write(2, text.encode())
 
     def due(self, step: int, *, last: bool = False) -> tuple[bool, bool]:
         """Tell after a step whether to write a checkpoint, and whether to stop after that.

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from batches import Share, derive_seed, epoch_generator
+from batches import Normalize, Share, derive_seed, epoch_generator
 from interruption import SIGNALS
 from rows import DataError
 
 Key = tuple[int, int]  # epoch and row
 Sample = tuple[Any, ...]
 Collate = Callable[[list[Sample]], Any]
-Finish = Callable[[Any], tuple[Any, ...]]
+ToDevice = Callable[[Any], tuple[Any, ...]]
 
 
 class KeyedExamples(Dataset):
@@ -65,7 +65,7 @@ class KeyedBatches:
     Args:
         examples: The training split's.
         collate: Makes a batch of samples.
-        finish: Moves a batch to its device, as the trainer takes it.
+        to_device: Moves a batch to its device, as the trainer takes it.
         batch_size: Examples a step over all processes.
         seed: The recipe's seed.
         share: This process's part.
@@ -81,7 +81,7 @@ class KeyedBatches:
         self,
         examples: KeyedExamples,
         collate: Collate,
-        finish: Finish,
+        to_device: ToDevice,
         *,
         batch_size: int,
         seed: int,
@@ -94,7 +94,7 @@ class KeyedBatches:
             raise DataError(
                 f"the training split has {self.count} images, fewer than batch_size={batch_size}"
             )
-        self.finish = finish
+        self.to_device = to_device
         self.order = _Order(self.count, batch_size, seed, share)
         self.loader = build_loader(examples, collate, workers, pin=pin, batch_sampler=self.order)
 
@@ -105,7 +105,7 @@ class KeyedBatches:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Any]:
         """Yield an epoch's batches from step `start` on, both counted from 0."""
         self.order.epoch, self.order.start = epoch, start
-        return finished(self.loader, self.finish)
+        return on_device(self.loader, self.to_device)
 
 
 class KeyedEval:
@@ -114,7 +114,7 @@ class KeyedEval:
     Args:
         examples: The split's.
         collate: Makes a batch of samples.
-        finish: Moves a batch to its device, as the trainer takes it.
+        to_device: Moves a batch to its device, as the trainer takes it.
         batch_size: Examples a step over all processes.
         share: This process's part.
         workers: Processes that read and transform; 0 does it in this one.
@@ -125,7 +125,7 @@ class KeyedEval:
         self,
         examples: KeyedExamples,
         collate: Collate,
-        finish: Finish,
+        to_device: ToDevice,
         *,
         batch_size: int,
         share: Share,
@@ -133,7 +133,7 @@ class KeyedEval:
         pin: bool,
     ) -> None:
         self.count: int | None = len(examples)
-        self.finish = finish
+        self.to_device = to_device
         step = max(1, batch_size // share.world_size)
         keys = [(0, int(row)) for row in share.of(torch.arange(len(examples)))]
         batches = [keys[i : i + step] for i in range(0, len(keys), step)]
@@ -141,7 +141,7 @@ class KeyedEval:
 
     def __iter__(self) -> Iterator[Any]:
         """Yield batches."""
-        return finished(self.loader, self.finish)
+        return on_device(self.loader, self.to_device)
 
 
 class _Order:
@@ -169,6 +169,30 @@ def transform_under(
     with torch.random.fork_rng([]):  # torchvision draws from the global generator
         torch.manual_seed(seed)
         return transform(*example)
+
+
+def stack(samples: list[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return pixels uint8 `[B, S, S, 3]` and targets `[B, ...]` of images of one size."""
+    images, targets = zip(*samples, strict=True)
+    pixels = torch.stack(images).permute(0, 2, 3, 1).contiguous()
+    return pixels, torch.stack([torch.as_tensor(target) for target in targets])
+
+
+def move(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a plain tensor on a device, without waiting where the loader has pinned it."""
+    return tensor.as_subclass(torch.Tensor).to(device, non_blocking=device.type == "cuda")
+
+
+class PixelsToDevice:
+    """Move a batch of pixels and targets to its device and normalise the pixels."""
+
+    def __init__(self, normalize: Normalize) -> None:
+        self.normalize = normalize
+
+    def __call__(self, batch: tuple[Any, Any]) -> tuple[Any, Any]:
+        """Return images `[B, 3, S, S]` and targets."""
+        pixels, targets = (move(part, self.normalize.device) for part in batch)
+        return self.normalize(pixels), targets
 
 
 def build_loader(
@@ -228,8 +252,8 @@ def _end_workers() -> None:
             process.kill()
 
 
-def finished(loader: Iterable[Any], finish: Finish) -> Iterator[tuple[Any, ...]]:
-    """Yield a loader's batches, finished.
+def on_device(loader: Iterable[Any], to_device: ToDevice) -> Iterator[tuple[Any, ...]]:
+    """Yield a loader's batches, on its device.
 
     Raises:
         DataError: That a worker met.
@@ -237,4 +261,4 @@ def finished(loader: Iterable[Any], finish: Finish) -> Iterator[tuple[Any, ...]]
     for batch in loader:
         if isinstance(batch, DataError):
             raise batch
-        yield finish(batch)
+        yield to_device(batch)

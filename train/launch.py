@@ -8,18 +8,19 @@ import importlib.util
 import os
 import sys
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
 from curves import measured_split
 from disk import DiskError
 from interruption import Interruption, Stopped
-from models import ModelError
+from models import ModelError, forbid_tf32
 from options import Options, parse_command
 from rows import DataError
 from run_folder import RunError, RunFolder
@@ -52,6 +53,8 @@ def run(kind: type[Trainer], recipe: Options, folder: Path, *, resume: bool = Fa
     check_trackers(recipe.trackers)
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # else it would start no processes on CPUs
+        # one machine may still download what another has
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
         log_with=list(recipe.trackers) or None,
         project_dir=folder,
     )
@@ -143,7 +146,7 @@ def set_up_device(accelerator: Accelerator, threads: int | None) -> None:
     elif accelerator.device.type == "cuda":
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.deterministic = True
-        torch.backends.cudnn.allow_tf32 = False  # float32 is float32; bf16 is the fast precision
+        forbid_tf32()
 
 
 def flat_options(recipe: Options) -> dict[str, Any]:

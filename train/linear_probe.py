@@ -22,20 +22,19 @@ from jsonargparse import ArgumentParser
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from timm.data import resolve_model_data_config
 
-from batches import EvalBatches, Normalize, Share, Transforms
+from batches import EvalBatches
 from disk import DiskError, write_text
 from evaluate import (
     add_source_options,
     check_takes,
-    open_source,
+    measuring_batches,
     resolve_name,
     square_size,
     table,
 )
-from loaders import eval_batches
-from models import ModelError, create_frozen
+from models import ModelError, create_frozen, measuring_device
 from rows import DataError, Rows
-from sources import ImageSource
+from sources import ImageSource, open_source
 
 PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 HELD_OUT = 0.1  # of the training images, to choose the penalty
@@ -72,18 +71,10 @@ def linear_probe(
     config = resolve_model_data_config(model)
     size = square_size(config, image_size)
     check_takes(name, model, size, device)
-    transforms = Transforms(size, config["interpolation"])
-    normalize = Normalize(config["mean"], config["std"], device)
 
     def extract(rows: Rows, *, mirrored: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-        batches = eval_batches(
-            rows,
-            transforms,
-            normalize,
-            batch_size=batch_size,
-            share=Share(),
-            workers=workers,
-            in_memory=not workers,
+        batches = measuring_batches(
+            rows, config, size, device, batch_size=batch_size, workers=workers
         )
         return pooled_features(model, batches, mirrored=mirrored)
 
@@ -203,7 +194,6 @@ def cli(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the images held out")
     parser.add_argument("--json", type=str | None, help="file to write the result to")
     options = parser.parse_args(arguments)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         result = linear_probe(
             options.model,
@@ -213,7 +203,7 @@ def cli(arguments: list[str] | None = None) -> None:
             batch_size=options.batch_size,
             workers=options.workers,
             seed=options.seed,
-            device=device,
+            device=measuring_device(),
         )
         print(table(result))
         if options.json:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from datasets import Dataset
 
 from batches import (
     Data,
@@ -14,33 +15,16 @@ from batches import (
     TrainBatches,
     Transforms,
     derive_seed,
+    measuring_transform,
 )
-from loader_path import LoaderBatches, StreamBatches, loader_eval
+from keyed_loader import KeyedBatches, KeyedEval, KeyedExamples, PixelsToDevice, stack
 from recipe import Recipe
 from rows import DataError, Rows
 from sources import ImageSource
+from stream_path import StreamBatches, StreamEval
 from tensor_path import TensorBatches, TensorEval, decode
 
 MEMORY_LIMIT = 8 << 30
-
-
-def open_source(recipe: Recipe) -> ImageSource:
-    """Find a recipe's dataset.
-
-    Raises:
-        DataError: If it does not fit the recipe.
-    """
-    return ImageSource(
-        recipe.dataset,
-        config=recipe.dataset_config,
-        revision=recipe.dataset_revision,
-        train_split=recipe.train_split,
-        test_split=recipe.test_split,
-        test_fraction=recipe.test_fraction,
-        image_column=recipe.image_column,
-        label_column=recipe.label_column,
-        streaming=recipe.streaming,
-    )
 
 
 def load_data(
@@ -72,20 +56,20 @@ def load_data(
         crop=recipe.crop,
         crop_padding=recipe.crop_padding,
         crop_scale=tuple(recipe.crop_scale),
-        crop_pct=config["crop_pct"],
         flip=recipe.flip,
     )
     normalize = Normalize(config["mean"], config["std"], device)
     train, val = source.train, None
     if recipe.val_fraction:
         train, val = train.hold_out(recipe.val_fraction, derive_seed(recipe.seed))
-    in_memory = fits_in_memory(source, recipe, transforms.size)
+    in_memory = fits_in_memory(source, recipe, transforms.size, device)
 
     def measured(rows: Rows) -> EvalBatches:
         return eval_batches(
             rows,
-            transforms,
-            normalize,
+            config,
+            transforms.size,
+            device,
             batch_size=recipe.eval_batch_size,
             share=share,
             workers=recipe.workers,
@@ -98,45 +82,78 @@ def load_data(
         batches: TrainBatches = TensorBatches(
             split, normalize, crop_padding=recipe.crop_padding, flip=recipe.flip, **options
         )
+    elif recipe.streaming:
+        batches = StreamBatches(
+            train,
+            transforms.training(),
+            normalize,
+            count=recipe.train_images,
+            buffer=recipe.shuffle_buffer,
+            workers=recipe.workers,
+            **options,
+        )
     else:
-        options.update(workers=recipe.workers)
-        if recipe.streaming:
-            options.update(count=recipe.train_images, buffer=recipe.shuffle_buffer)
-        kind = StreamBatches if recipe.streaming else LoaderBatches
-        batches = kind(train, transforms.training(), normalize, **options)
+        train.labels()  # all in range, or an error
+        batches = KeyedBatches(
+            KeyedExamples(train, transforms.training(), recipe.seed),
+            stack,
+            PixelsToDevice(normalize),
+            workers=recipe.workers,
+            pin=device.type == "cuda",
+            **options,
+        )
     return Data(batches, measured(source.test), measured(val) if val is not None else None)
 
 
 def eval_batches(
     rows: Rows,
-    transforms: Transforms,
-    normalize: Normalize,
+    config: dict[str, Any],
+    size: int,
+    device: torch.device,
     *,
     batch_size: int,
     share: Share,
-    workers: int = 0,
-    in_memory: bool = True,
+    workers: int,
+    in_memory: bool,
 ) -> EvalBatches:
     """Build the batches of a split to measure on.
 
     Args:
         rows: The split.
-        transforms: How images are prepared.
-        normalize: From pixels to floats, on the device that measures.
+        config: timm's data config, which tells how images are prepared.
+        size: Side in pixels.
+        device: Where the batches go.
         batch_size: Images a step over all processes.
         share: This process's part.
         workers: Processes that read and transform, where not in memory.
         in_memory: Decode once and keep the images on the device.
+
+    Raises:
+        DataError: If a label, or in memory an image, cannot be used.
     """
     options: dict[str, Any] = dict(batch_size=batch_size, share=share)
-    if not in_memory:
-        return loader_eval(rows, transforms.measuring(), normalize, workers=workers, **options)
-    split = decode(rows, transforms.measuring(), transforms.size).to(normalize.device)
-    return TensorEval(split, normalize, **options)
+    transform = measuring_transform(config, size)
+    normalize = Normalize(config["mean"], config["std"], device)
+    if in_memory:
+        split = decode(rows, transform, size).to(device)
+        return TensorEval(split, normalize, **options)
+    if not isinstance(rows.table, Dataset):
+        return StreamEval(rows, transform, normalize, workers=workers, **options)
+    rows.labels()  # all in range, or an error
+    return KeyedEval(
+        KeyedExamples(rows, transform, 0),
+        stack,
+        PixelsToDevice(normalize),
+        workers=workers,
+        pin=device.type == "cuda",
+        **options,
+    )
 
 
-def fits_in_memory(source: ImageSource, recipe: Recipe, size: int) -> bool:
-    """Tell whether to decode a recipe's images once and keep them.
+def fits_in_memory(source: ImageSource, recipe: Recipe, size: int, device: torch.device) -> bool:
+    """Tell whether to decode a recipe's images once and keep them on the device.
+
+    At most 8 GiB, and half a GPU's memory.
 
     Raises:
         DataError: If the recipe asks for it and it cannot be.
@@ -145,13 +162,16 @@ def fits_in_memory(source: ImageSource, recipe: Recipe, size: int) -> bool:
         return False
     padded = size + 2 * recipe.crop_padding
     needed = 3 * (len(source.train) * padded**2 + len(source.test) * size**2)
+    limit = MEMORY_LIMIT
+    if device.type == "cuda":
+        limit = min(limit, torch.cuda.get_device_properties(device).total_memory // 2)
     reason = None
     if recipe.crop != "padded":
         reason = f"crop={recipe.crop!r} takes parts of the original images"
-    elif needed > MEMORY_LIMIT:
+    elif needed > limit:
         reason = (
             f"{source.name} needs {needed / 2**30:.0f} GiB decoded at {size}x{size}, the limit is "
-            f"{MEMORY_LIMIT / 2**30:.0f} GiB"
+            f"{limit / 2**30:.0f} GiB"
         )
     if reason and recipe.in_memory:
         raise DataError(f"in_memory=true, but {reason}; leave in_memory out")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,40 +59,32 @@ def set_training_mode(student: nn.Module, finetune: str | None) -> None:
         student.train()
 
 
-def create_frozen(name: str, device: torch.device, *, role: str = "model") -> nn.Module:
+def create_frozen(
+    name: str,
+    device: torch.device,
+    *,
+    label_names: Sequence[str] | None = None,
+    role: str = "model",
+) -> nn.Module:
     """Build a pretrained model in eval mode, frozen, in channels-last layout.
 
     Args:
         name: timm's.
         device: Where it runs.
-        role: What errors call it.
-
-    Raises:
-        ModelError: If timm does not know the name or it has no weights.
-    """
-    return _create(role, name, device, pretrained=True).eval().requires_grad_(False)
-
-
-def create_teacher(
-    name: str, label_names: Sequence[str], device: torch.device, *, role: str = "teacher"
-) -> nn.Module:
-    """Build a frozen model, as `create_frozen` does, that has a dataset's classes.
-
-    Args:
-        name: timm's.
-        label_names: The dataset's classes.
-        device: Where it runs.
+        label_names: Classes of a dataset, which must be the model's; None takes it as it is.
         role: What errors call it.
 
     Raises:
         ModelError: If timm does not know the name, it has no weights or not the dataset's classes,
             or has them in another order, where it tells their names.
     """
-    teacher: Any = create_frozen(name, device, role=role)
-    classes, names = len(label_names), _names_of(teacher, label_names)
-    if teacher.num_classes != classes:
+    model: Any = _create(role, name, device, pretrained=True).eval().requires_grad_(False)
+    if label_names is None:
+        return model
+    classes, names = len(label_names), _names_of(model, label_names)
+    if model.num_classes != classes:
         raise ModelError(
-            f"{role} {name!r} has {teacher.num_classes} classes and the dataset {classes}; "
+            f"{role} {name!r} has {model.num_classes} classes and the dataset {classes}; "
             "use one trained on this dataset (teacher: null trains one, local-dir:RUN/last is it)"
         )
     if names and names != list(label_names) and sorted(names) == sorted(label_names):
@@ -101,7 +94,7 @@ def create_teacher(
             f"{names[place]!r} to it and {label_names[place]!r} to the dataset; give the dataset "
             "its order, or train it on this one"
         )
-    return teacher
+    return model
 
 
 def _names_of(model: Any, label_names: Sequence[str]) -> list[str] | None:
@@ -110,6 +103,27 @@ def _names_of(model: Any, label_names: Sequence[str]) -> list[str] | None:
     if not names or all(name.isdigit() for name in label_names):
         return None
     return list(names)
+
+
+@contextlib.contextmanager
+def refusals(name: str, size: int) -> Iterator[None]:
+    """Without gradients, turn what a model refuses of square images into a `ModelError`.
+
+    Args:
+        name: What the error calls the model.
+        size: Side of the images in pixels.
+
+    Raises:
+        ModelError: If it refuses.
+    """
+    try:
+        with torch.no_grad():
+            yield
+    except (ValueError, RuntimeError, AssertionError) as error:
+        raise ModelError(
+            f"{name} cannot take {size}x{size} images: {error}; choose another, or another "
+            "image_size"
+        ) from error
 
 
 def weights_sha256(model: nn.Module) -> str:
@@ -132,6 +146,18 @@ def _create(role: str, name: str, device: torch.device, **kwargs: Any) -> Any:
     if model.in_chans != 3:
         raise ModelError(f"{role}={name!r} takes {model.in_chans} channels; the trainer gives RGB")
     return model.to(device, memory_format=torch.channels_last)
+
+
+def forbid_tf32() -> None:
+    """Let float32 be float32 on a GPU too; bf16 is the fast precision."""
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+
+
+def measuring_device() -> torch.device:
+    """Return the GPU, without TF32, or the CPU."""
+    forbid_tf32()
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def resolve_data_config(
@@ -172,23 +198,24 @@ class GlobalOnly(nn.Module):
 
 
 class Teacher(nn.Module):
-    """A frozen teacher: the student's images to global and local logits `[B, 1+L, K]`.
+    """A frozen teacher: the student's images to its logits.
 
     The images are renormalised from the student's mean and std to the teacher's own. Batch norm is
     folded into the convolutions before it where the model is one of this package's.
 
     Args:
         model: The teacher, in eval mode.
-        grid: Cells along each side of its feature map.
+        grid: Cells along each side of its feature map; None for a model that is to `classify`
+            alone, which then need not have local logits.
         mean, std: With which the images were normalised.
     """
 
     def __init__(
-        self, model: nn.Module, grid: int, mean: tuple[float, ...], std: tuple[float, ...]
+        self, model: nn.Module, grid: int | None, mean: tuple[float, ...], std: tuple[float, ...]
     ) -> None:
         super().__init__()
-        folded = fold_batch_norm(model).to(memory_format=torch.channels_last)
-        self.logits = GlobalLocal(folded, grid)
+        self.model = fold_batch_norm(model).to(memory_format=torch.channels_last)
+        self.logits = self.model if grid is None else GlobalLocal(self.model, grid)
         config = resolve_model_data_config(model)
         device = next(model.parameters()).device
         statistics = (config["mean"], config["std"], mean, std)
@@ -206,7 +233,7 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def classify(self, images: torch.Tensor) -> torch.Tensor:
         """Map the student's images to the teacher's logits `[B, K]`."""
-        return self.logits.model(self.renormalize(images))
+        return self.model(self.renormalize(images))
 
     def renormalize(self, images: torch.Tensor) -> torch.Tensor:
         """Map the student's normalised images to the teacher's."""
@@ -214,5 +241,5 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Map the student's images `[B, 3, H, W]` to the teacher's logits."""
+        """Map the student's images `[B, 3, H, W]` to logits `[B, 1+L, K]`, the local ones last."""
         return self.logits(self.renormalize(images))

@@ -220,15 +220,10 @@ def changes(
         published: The recipe's.
         teacher: The one on record, which is what counts where the options give a local folder.
     """
-    names = [
-        field.name
-        for field in dataclasses.fields(Recipe)
-        if field.metadata["decides"] and field.name not in NOT_COMPARED
-    ]
     different = {
         name: getattr(used, name)
-        for name in names
-        if getattr(used, name) != getattr(published, name)
+        for name in used.deciding()
+        if name not in NOT_COMPARED and getattr(used, name) != getattr(published, name)
     }
     actual, wanted = teacher and teacher["name"], published.teacher
     if actual != wanted and not (actual and wanted and wanted.startswith("local-dir:")):
@@ -237,7 +232,7 @@ def changes(
 
 
 def main() -> None:
-    """Release one run."""
+    """Run the command line: record a row's runs, and ship the first one's weights if asked."""
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", type=Path, nargs="+", help="finished run folders, one a seed")
     parser.add_argument("--name", type=str, required=True, help="architecture.tag of the weights")

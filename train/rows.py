@@ -18,6 +18,11 @@ class DataError(ValueError):
     """The dataset is not what the recipe says; the message names the place and the remedy."""
 
 
+def file_of(image: dict[str, Any] | None) -> str:
+    """Return the addition that names an encoded image's file, empty where none is known."""
+    return f" (file {image['path']})" if image and image.get("path") else ""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImageRows:
     """One split, its images still encoded; `numbers` are the rows' own where some were left out."""
@@ -66,10 +71,8 @@ class ImageRows:
         try:
             return to_rgb(Image().decode_example(item))
         except Exception as error:
-            if item and item.get("path"):
-                place += f" (file {item['path']})"
             raise DataError(
-                f"{place} is not a readable image ({type(error).__name__}: "
+                f"{place}{file_of(item)} is not a readable image ({type(error).__name__}: "
                 f"{error}); remove or replace it"
             ) from error
 
@@ -125,11 +128,10 @@ class Rows(ImageRows):
             held[rows[: min(max(1, round(fraction * len(rows))), len(rows) - 1)]] = True
         if not held.any():
             raise DataError(f"{self.where} has no class of two images, so none can be held out")
-        return self.select(~held), self.select(held)
+        return self.select((~held).nonzero().flatten()), self.select(held.nonzero().flatten())
 
-    def select(self, chosen: torch.Tensor) -> Rows:
-        """Return the rows where a mask `[rows]` is true."""
-        rows = chosen.nonzero().flatten()
+    def select(self, rows: torch.Tensor) -> Rows:
+        """Return some rows, by their numbers here, in the order given."""
         numbers = rows if self.numbers is None else self.numbers[rows]
         return replace(self, table=self.table.select(rows.tolist()), numbers=numbers)
 

@@ -32,8 +32,8 @@ class RunFolder:
             anew.
 
     Raises:
-        RunError: If the folder is in use, or holds another recipe's run or a file stands in its
-            place.
+        RunError: If the folder holds a run and `resume` is false, another recipe's run or other
+            files, or a file stands in its place.
     """
 
     def __init__(self, path: Path, recipe: Options, *, resume: bool) -> None:
@@ -81,6 +81,9 @@ class RunFolder:
         """Write `recipe.yaml` and `env.json`, once every process has opened the folder.
 
         A resumed run keeps its first environment; the later ones are listed below it.
+
+        Raises:
+            RunError: If the folder is in use.
         """
         accelerator.wait_for_everyone()
         if not accelerator.is_main_process:
@@ -106,10 +109,6 @@ class RunFolder:
                 )
             environment = dict(first, resumed=[*first.get("resumed", []), environment])
         self.write_json("env.json", environment)
-
-    def rewind(self, history: list[dict[str, Any]]) -> None:
-        """Go back to the history that a checkpoint holds."""
-        self.history = list(history)
 
     def set_aside(self, checkpoints: list[Path], accelerator: Accelerator) -> None:
         """Rename damaged checkpoints, which would count among those to keep."""

@@ -11,8 +11,7 @@ from datasets import Image
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from batches import Normalize
-from keyed_loader import Sample
+from keyed_loader import PixelsToDevice, Sample
 from rows import DataError, ImageRows
 from sources import encoded, open_dataset, pick_column, pick_splits
 
@@ -142,32 +141,19 @@ class MeasuringTransform:
         return self.resize(image), mask
 
 
-def stack(samples: list[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return pixels uint8 `[B, S, S, 3]` and masks `[B, S, S]` of crops of one size."""
-    images, masks = zip(*samples, strict=True)
-    return torch.stack(images).permute(0, 2, 3, 1).contiguous(), torch.stack(masks)
-
-
 def listed(samples: list[Sample]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Return pixels uint8 `[1, H, W, 3]` and masks `[H, W]` of each image: sizes differ."""
     images, masks = zip(*samples, strict=True)
     return [image.permute(1, 2, 0)[None].contiguous() for image in images], list(masks)
 
 
-class Finish:
-    """Move a batch to its device and normalise its images; of lists, each by itself."""
-
-    def __init__(self, normalize: Normalize) -> None:
-        self.normalize = normalize
+class ListsToDevice(PixelsToDevice):
+    """The same for a batch, and for lists of images of several sizes, each by itself."""
 
     def __call__(self, batch: tuple[Any, Any]) -> tuple[Any, Any]:
         """Return images `[B, 3, S, S]` and masks, or lists of images `[1, 3, H, W]` and masks."""
         pixels, masks = batch
-        if isinstance(pixels, list):
-            pairs = [self((one, mask)) for one, mask in zip(pixels, masks, strict=True)]
-            return [image for image, _ in pairs], [mask for _, mask in pairs]
-        device = self.normalize.device
-        pixels, masks = (
-            part.as_subclass(torch.Tensor).to(device, non_blocking=True) for part in (pixels, masks)
-        )
-        return self.normalize(pixels), masks
+        if not isinstance(pixels, list):
+            return super().__call__(batch)
+        images, masks = zip(*(self(pair) for pair in zip(pixels, masks, strict=True)), strict=True)
+        return list(images), list(masks)

@@ -15,16 +15,15 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 from batches import Data, EvalBatches, Normalize, Share
 from gld_zoo.downstream import save_downstream
 from gld_zoo.segmentation import create_deeplabv3plus
-from keyed_loader import KeyedExamples
+from keyed_loader import KeyedExamples, stack
 from options import option
 from rows import DataError
 from segmentation_data import (
     IGNORE,
-    Finish,
+    ListsToDevice,
     MeasuringTransform,
     SegmentationSource,
     listed,
-    stack,
     training_transform,
 )
 from transfer import TransferRecipe, TransferTrainer
@@ -84,7 +83,7 @@ class Segmenter(TransferTrainer):
     recipe: SegmentationRecipe
 
     def build(self, share: Share) -> tuple[Data, nn.Module, nn.Module]:
-        """Return the images, the segmenter, and its logits as a module."""
+        """Return the images, the segmenter, and a module around it."""
         recipe = self.recipe
         if share.batch_size(recipe.batch_size) < 2:
             raise DataError(
@@ -107,13 +106,13 @@ class Segmenter(TransferTrainer):
         augmented = training_transform(recipe.image_size, config["mean"])
         data = self.read(
             share,
-            Finish(Normalize(config["mean"], config["std"], self.accelerator.device)),
-            KeyedExamples(self.source.train, augmented, recipe.seed),
-            stack,
-            KeyedExamples(self.source.test, MeasuringTransform(recipe.image_size), 0),
-            listed,
+            ListsToDevice(Normalize(config["mean"], config["std"], self.accelerator.device)),
+            train=KeyedExamples(self.source.train, augmented, recipe.seed),
+            train_collate=stack,
+            test=KeyedExamples(self.source.test, MeasuringTransform(recipe.image_size), 0),
+            test_collate=listed,
         )
-        return data, model, Logits(model)
+        return data, model, nn.Sequential(model)
 
     def forward(
         self, images: torch.Tensor, masks: torch.Tensor
@@ -128,7 +127,10 @@ class Segmenter(TransferTrainer):
         self.share_buffers()
         self.model.eval()
         device = self.accelerator.device
-        counts = MulticlassConfusionMatrix(self.recipe.num_classes, ignore_index=IGNORE).to(device)
+        # on Apple's GPUs it would need memory for pixels x classes squared
+        counting = torch.device("cpu") if device.type == "mps" else device
+        counts = MulticlassConfusionMatrix(self.recipe.num_classes, ignore_index=IGNORE)
+        counts.to(counting)
         total, count = 0.0, 0
         images: Any
         masks: Any
@@ -139,7 +141,7 @@ class Segmenter(TransferTrainer):
                 )
                 loss = pixel_loss(logits, mask[None])
                 total, count = total + loss.item(), count + bool((mask != IGNORE).any())
-                counts.update(logits.argmax(1), mask[None])
+                counts.update(logits.argmax(1).to(counting), mask[None].to(counting))
         sums = torch.tensor([total, count], dtype=torch.float64)
         if self.accelerator.num_processes > 1:
             sums = self.accelerator.reduce(sums.to(device)).cpu()
@@ -183,22 +185,6 @@ class Segmenter(TransferTrainer):
             image_size=recipe.image_size,
         )
         self.run.export(name, lambda folder: save_downstream(self.model, folder, **options))
-
-
-class Logits(nn.Module):
-    """A segmenter's logits; what Accelerate wraps, so that the segmenter stays as it is.
-
-    Args:
-        model: From `create_deeplabv3plus`.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Map images `[B, 3, H, W]` to logits `[B, K, H, W]`."""
-        return self.model(images)
 
 
 def pixel_loss(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:

@@ -61,6 +61,7 @@ class ImageSource:
         label = pick_column(name, features, label_column, ClassLabel, "label_column")
         self.name = name
         self.is_folder = find_folder(name) is not None
+        self.test_split = "held-out" if test_fraction else test
         self.label_names = _label_names(name, splits[train], features, label)
         words = isinstance(features[label], Value) and not is_integer(features[label])
         self.train, self.test = (
@@ -76,6 +77,25 @@ class ImageSource:
         )
         if test_fraction:
             self.train, self.test = self.train.hold_out(test_fraction, 0)
+
+
+def open_source(options: Any) -> ImageSource:
+    """Find the dataset that a recipe's options name, or a command's of the same names.
+
+    Raises:
+        DataError: If it, a split or a column is not there or not usable.
+    """
+    return ImageSource(
+        options.dataset,
+        config=options.dataset_config,
+        revision=options.dataset_revision,
+        train_split=options.train_split,
+        test_split=options.test_split,
+        test_fraction=options.test_fraction,
+        image_column=options.image_column,
+        label_column=options.label_column,
+        streaming=getattr(options, "streaming", False),
+    )
 
 
 def find_folder(name: str) -> Path | None:

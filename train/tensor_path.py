@@ -28,7 +28,7 @@ class Split:
         return Split(self.images.to(device), self.labels.to(device))
 
 
-def decode(rows: Rows, transform: v2.Compose, size: int) -> Split:
+def decode(rows: Rows, transform: v2.Transform, size: int) -> Split:
     """Decode a split whole.
 
     Args:

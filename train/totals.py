@@ -68,7 +68,7 @@ class Totals:
             terms = ", ".join(f"{name} {value:g}" for name, value in pairs if "loss" in name)
             where = f"step {step - len(recent) + first + 1} of epoch {epoch + 1}"
             raise NonFiniteLossError(
-                f"the loss is not finite at {where}: {terms}; try a smaller lr or beta"
+                f"the loss is not finite at {where}: {terms}; try a smaller lr"
             )
         self._sums = recent.sum(0) + (self._sums if len(self._sums) else 0)
         self._recent.clear()

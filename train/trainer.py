@@ -60,7 +60,8 @@ class Trainer(ABC):
             lr=recipe.lr,
             momentum=recipe.momentum,
             weight_decay=recipe.weight_decay,
-            fused=accelerator.device.type in ("cpu", "cuda"),
+            # fused, a first step that fp16's scaler skips would leave the momentum uninitialised
+            fused=accelerator.device.type in ("cpu", "cuda") and accelerator.scaler is None,
         )
         # the loaders and the learning rate stay ours: each process takes its share of a global
         # batch by itself
@@ -128,7 +129,7 @@ class Trainer(ABC):
             self.totals.load(state["totals"])
             self.position = (state["epoch"], state["step"])
             self._check_agreement()
-            self.run.rewind(state["history"])
+            self.run.history = list(state["history"])
             if state["history"] and self.accelerator.is_main_process:
                 self.run.write_metrics(self.score, self.score_title)
             self.run.set_aside(damaged, self.accelerator)
@@ -199,7 +200,7 @@ class Trainer(ABC):
             first = next(name for name, good in finite.items() if not good)
             raise NonFiniteLossError(
                 f"{first} is not finite after epoch {epoch} and step {step} of the next; try a "
-                "smaller lr or beta"
+                "smaller lr"
             )
 
     def fit(self, report: Callable[[dict[str, Any]], None], interruption: Interruption) -> None:
@@ -229,8 +230,7 @@ class Trainer(ABC):
         measured = self.measure(self.data.val or self.data.test)
         if not math.isfinite(measured["loss"]):
             raise NonFiniteLossError(
-                f"the {split} loss is {measured['loss']} after epoch {epoch + 1}; try a smaller lr "
-                "or beta"
+                f"the {split} loss is {measured['loss']} after epoch {epoch + 1}; try a smaller lr"
             )
         trained = self.totals.means(self.accelerator)
         line = dict(

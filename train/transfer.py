@@ -12,7 +12,7 @@ import torch.nn as nn
 from timm.models import get_pretrained_cfg
 
 from batches import Data, Share, derive_seed
-from keyed_loader import Collate, Finish, KeyedBatches, KeyedEval, KeyedExamples
+from keyed_loader import Collate, KeyedBatches, KeyedEval, KeyedExamples, ToDevice
 from models import ModelError
 from options import Options, option
 from sync_batch_norm import synchronise_batch_norm
@@ -69,21 +69,22 @@ class TransferTrainer(Trainer):
     def read(
         self,
         share: Share,
-        finish: Finish,
+        to_device: ToDevice,
+        *,
         train: KeyedExamples,
-        stack: Collate,
+        train_collate: Collate,
         test: KeyedExamples,
-        gather: Collate,
+        test_collate: Collate,
     ) -> Data:
         """Return batches of examples.
 
         Args:
             share: This process's part.
-            finish: Moves a batch to its device.
+            to_device: Moves a batch to its device.
             train: Examples to train on.
-            stack: Makes a batch of them.
+            train_collate: Makes a batch of them.
             test: Examples to measure on.
-            gather: Makes a batch of those.
+            test_collate: Makes a batch of those.
 
         Raises:
             DataError: If they do not fit the recipe.
@@ -97,9 +98,14 @@ class TransferTrainer(Trainer):
         )
         return Data(
             KeyedBatches(
-                train, stack, finish, batch_size=recipe.batch_size, seed=recipe.seed, **options
+                train,
+                train_collate,
+                to_device,
+                batch_size=recipe.batch_size,
+                seed=recipe.seed,
+                **options,
             ),
-            KeyedEval(test, gather, finish, batch_size=recipe.eval_batch_size, **options),
+            KeyedEval(test, test_collate, to_device, batch_size=recipe.eval_batch_size, **options),
         )
 
     def describe_origin(self) -> str:

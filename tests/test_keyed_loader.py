@@ -2,25 +2,25 @@
 
 import io
 import os
-import re
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import CHECKOUT, FEATURES, write_dataset
-from datasets import Dataset
+from conftest import CHECKOUT, write_dataset
 from PIL import Image as PILImage
 from torchvision.transforms import v2
 
-from batches import Normalize, Share, Transforms
-from loader_path import LoaderBatches, StreamBatches, loader_eval
+from batches import Normalize, Share, Transforms, measuring_transform
+from keyed_loader import KeyedBatches, KeyedExamples, PixelsToDevice, stack
+from loaders import eval_batches
 from rows import DataError
 from sources import ImageSource
 from tensor_path import TensorEval, decode
 
-NORMALIZE = Normalize((0.5, 0.4, 0.3), (0.2, 0.25, 0.3), torch.device("cpu"))
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+NORMALIZE = Normalize(MEAN, STD, torch.device("cpu"))
 TRANSFORMS = Transforms(24, crop="resized")
 
 
@@ -30,8 +30,9 @@ def source(tiny_dataset):
 
 
 def batches_of(source, **options):
-    defaults = dict(batch_size=16, seed=3, share=Share(), workers=0)
-    return LoaderBatches(source.train, TRANSFORMS.training(), NORMALIZE, **{**defaults, **options})
+    options = {**dict(batch_size=16, seed=3, share=Share(), workers=0, pin=False), **options}
+    examples = KeyedExamples(source.train, TRANSFORMS.training(), options["seed"])
+    return KeyedBatches(examples, stack, PixelsToDevice(NORMALIZE), **options)
 
 
 def collect(batches):
@@ -88,14 +89,14 @@ def test_the_padded_crops_are_drawn_over_the_border_and_mirrored():
 
 
 def test_measured_images_are_those_of_the_tensor_path(source):
-    transforms = Transforms(24, crop_pct=0.875)
-    split = decode(source.test, transforms.measuring(), 24)
+    config = dict(interpolation="bilinear", crop_pct=0.875, mean=MEAN, std=STD)
+    split = decode(source.test, measuring_transform(config, 24), 24)
     for world_size in (1, 2):
         for rank in range(world_size):
             options = dict(batch_size=8, share=Share(rank, world_size))
             expected = list(TensorEval(split, NORMALIZE, **options))
-            transform = transforms.measuring()
-            found = loader_eval(source.test, transform, NORMALIZE, workers=1, **options)
+            options.update(workers=1, in_memory=False)
+            found = eval_batches(source.test, config, 24, NORMALIZE.device, **options)
             for (images, labels), (theirs, targets) in zip(found, expected, strict=True):
                 assert torch.equal(images, theirs)
                 assert torch.equal(labels, targets)
@@ -103,7 +104,7 @@ def test_measured_images_are_those_of_the_tensor_path(source):
 
 def test_workers_end_with_their_process_though_its_loader_lives(tiny_dataset):
     """They ignore the signal by which multiprocessing ends them at exit, and waits for them."""
-    lines = ["import sys", "from test_loader_path import *", "source = ImageSource(sys.argv[1])"]
+    lines = ["import sys", "from test_keyed_loader import *", "source = ImageSource(sys.argv[1])"]
     lines += ["batches = batches_of(source, workers=1)", "next(batches.epoch(0))"]
     paths = [str(CHECKOUT / name) for name in ("", "train", "tests")]
     result = subprocess.run(
@@ -151,92 +152,3 @@ def test_an_image_folder_of_mixed_sizes_and_modes_is_read(tmp_path, rows):
             image.resize((40 + i, 60 - i)).convert(mode).save(folder / name)
     images, _ = collect(batches_of(ImageSource(str(tmp_path)), batch_size=6).epoch(0))
     assert images.shape == (1, 6, 3, 24, 24)
-
-
-@pytest.fixture(scope="module")
-def stream(tmp_path_factory, rows):
-    """A stream of four shards, whose card tells nothing."""
-    folder = tmp_path_factory.mktemp("stream")
-    for split, shards in (("train", 4), ("test", 1)):
-        for shard in range(shards):
-            columns = {key: column[shard::shards][:16] for key, column in rows[split].items()}
-            path = folder / "data" / f"{split}-{shard:05d}-of-{shards:05d}.parquet"
-            path.parent.mkdir(exist_ok=True)
-            Dataset.from_dict(columns, features=FEATURES).to_parquet(str(path))
-    return ImageSource(str(folder), streaming=True)
-
-
-def streamed(stream, **options):
-    defaults = dict(count=64, batch_size=16, buffer=32, seed=3, share=Share(), workers=0)
-    transform = Transforms(24).training()
-    return StreamBatches(stream.train, transform, NORMALIZE, **{**defaults, **options})
-
-
-@pytest.mark.parametrize("workers", [0, 2, 9])
-def test_a_stream_repeats_and_a_resumed_one_goes_on(stream, workers):
-    batches = streamed(stream, workers=workers)
-    assert len(batches) == 4
-    expected, _ = collect(batches.epoch(1))
-    assert torch.equal(collect(streamed(stream, workers=workers).epoch(1))[0], expected)
-    assert torch.equal(collect(batches.epoch(1, start=3))[0], expected[3:])
-    assert not torch.equal(collect(batches.epoch(0))[0], expected)
-
-
-def test_a_stream_shows_each_image_once_an_epoch_and_each_process_its_own(stream):
-    transform = Transforms(24).measuring()
-    for world_size in (1, 2):
-        seen = []
-        for rank in range(world_size):
-            batches = streamed(stream, share=Share(rank, world_size))
-            batches.images.transform = transform
-            images, _ = collect(batches.epoch(0))
-            seen += [tuple(image.flatten().tolist()) for image in images.flatten(0, 1)]
-        assert len(set(seen)) == 64
-
-
-def test_an_unreadable_image_of_a_stream_is_named_by_what_the_stream_tells(tmp_path, rows):
-    columns = {key: list(column[:32]) for key, column in rows["train"].items()}
-    columns["img"][21] = {"bytes": b"no image", "path": "broken.png"}
-    folder = write_dataset(tmp_path, dict(train=columns, test=rows["test"]))
-    source = ImageSource(str(folder), streaming=True)
-    with pytest.raises(DataError) as error:
-        list(streamed(source, count=32).epoch(0))
-    place, file = r"image \d+ of the shuffled stream of split 'train' of ", "file broken.png"
-    assert re.match(place, str(error.value))
-    assert file in str(error.value)
-    assert "row" not in str(error.value)
-
-
-def test_a_null_image_of_a_stream_is_named(tmp_path, rows):
-    columns = {key: list(column[:32]) for key, column in rows["train"].items()}
-    columns["img"][5] = None
-    folder = write_dataset(tmp_path, dict(train=columns, test=rows["test"]))
-    source = ImageSource(str(folder), streaming=True)
-    with pytest.raises(
-        DataError, match=r"image \d+ of the shuffled stream .* not a readable image"
-    ):
-        list(streamed(source, count=32).epoch(0))
-
-
-@pytest.mark.parametrize(
-    ("items", "message"),
-    [
-        ([], r"broke off \(ValueError: there is no image in it\); go on with --resume"),
-        (None, r"broke off \(ConnectionError: gone\); go on with --resume"),
-    ],
-)
-def test_a_stream_that_breaks_off_is_an_error_of_the_data(stream, monkeypatch, items, message):
-    def own(self, table):
-        if items is None:
-            raise ConnectionError("gone")
-        return iter(items)
-
-    batches = streamed(stream, workers=0)
-    monkeypatch.setattr("loader_path._StreamedImages._own", own)
-    with pytest.raises(DataError, match=message):
-        list(batches.epoch(0))
-
-
-def test_a_stream_without_a_count_says_what_to_set(stream):
-    with pytest.raises(DataError, match="set train_images"):
-        streamed(stream, count=None)
