@@ -44,7 +44,7 @@ def setups_table(results: dict[str, Any]) -> list[str]:
 def weights_table(results: dict[str, Any]) -> list[str]:
     """Return one line a row of runs: what it is, how it was trained, last and best epoch."""
     lines = [
-        "| weights | parameters | top-1 | top-5 | recipe, changes | seeds | on | hours | best |",
+        "| weights | parameters | top-1 | top-5 | recipe, changes | seeds | on | hours | best epoch |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, entry in (results["weights"] | results["runs"]).items():

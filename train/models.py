@@ -1,4 +1,4 @@
-"""Students and teachers by name, how they are trained, and what a student's images look like."""
+"""Models by name, to train or to measure: what they refuse, see, and are wrapped in."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ def check_packages() -> None:
     """
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        raise ModelError(f"ONNX needs {', '.join(missing)}; pip install 'gld-zoo[onnx]'")
+        raise ModelError(f"ONNX needs {', '.join(missing)}; pip install {' '.join(missing)}")
 
 
 @torch.no_grad()
