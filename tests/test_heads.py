@@ -128,6 +128,7 @@ def test_compiles_without_a_graph_break():
         ("resnet18", dict(global_pool="max"), 64, "does not begin with average pooling"),
         ("resnet18", dict(global_pool="catavgmax"), 64, "does not begin with average pooling"),
         ("vgg11", {}, 64, "does not begin with average pooling"),
+        ("efficientvit_b0", {}, 64, "does not begin with average pooling"),
     ],
 )
 def test_models_without_local_logits_are_refused_with_the_reason(name, options, size, message):
