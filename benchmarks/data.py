@@ -26,9 +26,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "train"))
 
 from batches import Batch, Share, TrainBatches
-from loaders import load_data, open_source
+from loaders import load_data
 from models import create_student, resolve_data_config
 from recipe import Recipe
+from sources import open_source
 
 
 def paths(recipe: Recipe, workers: list[int]) -> dict[str, Recipe]:

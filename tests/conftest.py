@@ -87,14 +87,16 @@ def tiny_dataset(tmp_path_factory, rows):
     )
 
 
+# torchrun's: on a free port, as another test may hold the default one, and by no name to look up
+STANDALONE = ("--standalone", "--local_addr", "127.0.0.1")
+
+
 def launch(*options, processes=1, precision="no", script="distill.py"):
     """Run a trainer as a user does, in processes of its own; return what it printed."""
     command = ["accelerate.commands.launch", "--cpu", "--num_processes", "1"]
     command += ["--mixed_precision", precision]
     if processes > 1:  # accelerate starts one process on a CPU whatever it is told
-        # standalone: on a free port, as another test may hold the default one
-        command = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        command += ["--"]
+        command = ["torch.distributed.run", *STANDALONE, "--nproc_per_node", str(processes), "--"]
     environment = dict(os.environ)
     if not torch.accelerator.is_available():
         del environment["ACCELERATE_USE_CPU"]  # which a user need not know

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import CHECKOUT
+from conftest import CHECKOUT, STANDALONE
 from safetensors.torch import load_file
 from torch import nn
 
@@ -26,9 +26,8 @@ def example(batch=8, classes=6):
     return student, teacher, target
 
 
-def work(rank, port, queue):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
+def work(rank, store, queue):
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
     for linear in (True, False):
         relations._linear_is_cheaper = lambda rows, classes, linear=linear: linear
         queue.put((linear, rank, *measure(rank), normalised(rank)))
@@ -72,15 +71,11 @@ def measure(rank):
 
 
 @pytest.fixture(scope="module")
-def both_forms():
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def both_forms(tmp_path_factory):
+    store = tmp_path_factory.mktemp("group") / "store"
     context = mp.get_context("spawn")
     queue = context.Queue()
-    processes = [context.Process(target=work, args=(rank, port, queue)) for rank in range(WORLD)]
+    processes = [context.Process(target=work, args=(rank, store, queue)) for rank in range(WORLD)]
     for process in processes:
         process.start()
     try:
@@ -147,7 +142,7 @@ def trained(tmp_path_factory, tiny_dataset, teacher_run):
     results = {}
     for processes, names in modes.items():
         # `accelerate launch` starts one process on a CPU whatever it is told
-        command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+        command = ["-m", "torch.distributed.run", *STANDALONE, "--nproc_per_node", processes]
         script = [CHECKOUT / "tests" / "global_batch.py", tiny_dataset, teacher_run / "last"]
         paths = os.pathsep.join([str(CHECKOUT), str(CHECKOUT / "train")])
         subprocess.run(

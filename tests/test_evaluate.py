@@ -97,19 +97,19 @@ def test_any_timm_model_is_measured_with_local_rows_or_the_reason(
 
 
 def test_images_are_prepared_as_the_cfg_says_or_it_is_refused():
-    config = dict(
-        input_size=(3, 24, 32), interpolation="random", crop_pct=0.5, mean=(0.1, 0.2, 0.3)
-    )
+    config = dict(input_size=(3, 24, 32), crop_pct=0.5, mean=(0.1, 0.2, 0.3))
     with pytest.raises(ModelError, match="24x32, and only square ones"):
         square_size(config, None)
     assert square_size(config, 40) == 40
     wide = PILImage.linear_gradient("L").transpose(PILImage.Transpose.ROTATE_90)  # along x
     wide = wide.resize((60, 30)).convert("RGB")
-    for mode in ("center", "squash", "border"):
-        ours = measuring_transform(dict(config, crop_mode=mode), 24)(wide)
+    cases = [("random", "center"), *(("bicubic", mode) for mode in ("center", "squash", "border"))]
+    for interpolation, mode in cases:
+        asked = dict(config, interpolation=interpolation, crop_mode=mode)
+        ours = measuring_transform(asked, 24)(wide)
         theirs = timm.data.create_transform(
             24,
-            interpolation="bilinear",
+            interpolation="bilinear" if interpolation == "random" else interpolation,
             mean=config["mean"],
             crop_pct=0.5,
             crop_mode=mode,

@@ -11,7 +11,7 @@ import threading
 import time
 
 import pytest
-from conftest import CHECKOUT, SMALL_RUN, launch, read_lines, write_dataset
+from conftest import CHECKOUT, SMALL_RUN, STANDALONE, launch, read_lines, write_dataset
 
 from interruption import Interruption
 from trainer import Trainer
@@ -181,7 +181,7 @@ def test_a_batch_systems_signal_to_launcher_and_processes_writes_a_checkpoint(
 ):
     """The launcher passes SIGTERM on to processes that have had it."""
     run = tmp_path / "run"
-    command = ["torch.distributed.run", "--standalone", "--nproc_per_node", 2, "--"]
+    command = ["torch.distributed.run", *STANDALONE, "--nproc_per_node", 2, "--"]
     command += [CHECKOUT / "train" / "distill.py"]
     options = [*SMALL_RUN, "--dataset", tiny_dataset, "--epochs", 500, "--run", run]
     process = subprocess.Popen(

@@ -1,9 +1,12 @@
 """What importing the package does, and does not."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 CHECKOUT = Path(__file__).parent.parent
 
@@ -34,6 +37,11 @@ def test_import_is_cheap_quiet_and_offline():
         "print(seconds)\n"
     )
     assert float(output) < 0.3  # 0.01 s measured
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CHECKOUT.glob("benchmarks/*.py")))
+def test_every_benchmark_finds_what_it_measures(name):
+    importlib.import_module(f"benchmarks.{name}")
 
 
 def test_package_never_imports_the_trainer():

@@ -187,7 +187,7 @@ def table(result: dict[str, Any]) -> str:
         if isinstance(value, list):
             text = "  ".join(f"{item:.2f}" for item in value) + " %"
         elif isinstance(value, float):
-            text = f"{value:.2f} {units[name]}" if name in units else f"{value:g}"
+            text = f"{value:.2f} {units[name]}" if name in units else f"{value:,.6g}"
         else:
             text = f"{value:,} {units.get(name, '')}" if isinstance(value, int) else value
         lines.append(f"{name.replace('_', ' '):<18} {text.strip()}")

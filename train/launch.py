@@ -54,7 +54,7 @@ def run(kind: type[Trainer], recipe: Options, folder: Path, *, resume: bool = Fa
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # else it would start no processes on CPUs
         # one machine may still download what another has
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=30))],
         log_with=list(recipe.trackers) or None,
         project_dir=folder,
     )

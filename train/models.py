@@ -156,8 +156,10 @@ def forbid_tf32() -> None:
 
 def measuring_device() -> torch.device:
     """Return the GPU, without TF32, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
     forbid_tf32()
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device("cuda")
 
 
 def resolve_data_config(

@@ -93,7 +93,9 @@ class Recipe(Options):
     flip: bool = option(True, "mirror half of the training images")
 
     in_memory: bool | None = option(
-        None, "decode the images once and keep them on the device; null: if they fit in 8 GiB"
+        None,
+        "decode the images once and keep them on the device; null: if they fit in 8 GiB and half a "
+        "GPU's memory",
     )
     workers: int = option(
         2,
