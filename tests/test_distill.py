@@ -266,7 +266,7 @@ def test_compiled_run_trains(tiny_dataset, tmp_path, distill):
         (["--image_column", "picture"], "image_column='picture' is not a column in"),
         (["--label_column", "img"], "label_column='img' is not of type ClassLabel"),
         (["--test_split", "dev"], "no split 'dev'; it has train, test"),
-        (["--teacher", "gld_resnet110"], "No pretrained weights exist for gld_resnet110"),
+        (["--teacher", "gld_resnet44"], "No pretrained weights exist for gld_resnet44"),
         (["--student", "no_such_model"], "student='no_such_model'"),
         (["--batch_size", "65"], "64 images, fewer than batch_size=65"),
         (["--student", "gld_resnet18", "--image_size", "32"], "at least 2x2, got 1x1"),
