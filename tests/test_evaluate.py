@@ -159,8 +159,9 @@ def test_a_teacher_need_not_have_local_logits(student_run, tiny_dataset, tmp_pat
 
 
 def test_numbers_are_shown_with_their_units_or_in_full():
-    shown = table(dict(train_top1=51.234, penalty=1e-5)).splitlines()
-    assert [line.split(maxsplit=2)[-1] for line in shown] == ["51.23 %", "1e-05"]
+    values = dict(train_top1=51.234, penalty=1e-5, images_per_second=1234567.8)
+    shown = [line[18:].strip() for line in table(values).splitlines()]
+    assert shown == ["51.23 %", "1e-05", "1234567.80"]
 
 
 def test_agreement_is_of_the_global_rows():

@@ -1,4 +1,4 @@
-"""What importing the package does, and does not."""
+"""What importing the package does, and does not; and that the benchmarks find what they import."""
 
 import ast
 import importlib

@@ -43,8 +43,8 @@ def setups_table(results: dict[str, Any]) -> list[str]:
 
 def weights_table(results: dict[str, Any]) -> list[str]:
     """Return one line a row of runs: what it is, how it was trained, last and best epoch."""
-    titles = "weights", "parameters", "top-1", "top-5", "recipe, changes", "seeds", "on", "hours"
-    titles = (*titles, "best epoch")
+    titles = ["weights", "parameters", "top-1", "top-5", "recipe, changes", "seeds", "on"]
+    titles += ["hours", "best epoch"]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for name, entry in (results["weights"] | results["runs"]).items():
         changes = ", ".join(f"{key} {value}" for key, value in entry["changes"].items()) or "none"

@@ -181,13 +181,13 @@ def resolve_name(name: str) -> str:
 def table(result: dict[str, Any]) -> str:
     """Return a result as lines of name and value for people."""
     percent = ("top1", "top5", "train_top1", "teacher_top1", "agreement", "calibration_error")
-    units = dict.fromkeys(percent, "%") | dict(image_size="px")
+    units = dict.fromkeys(percent, "%") | dict(image_size="px", images_per_second="")
     lines = []
     for name, value in result.items():
         if isinstance(value, list):
             text = "  ".join(f"{item:.2f}" for item in value) + " %"
         elif isinstance(value, float):
-            text = f"{value:.2f} {units[name]}" if name in units else f"{value:,.6g}"
+            text = f"{value:.2f} {units[name]}" if name in units else f"{value:g}"
         else:
             text = f"{value:,} {units.get(name, '')}" if isinstance(value, int) else value
         lines.append(f"{name.replace('_', ' '):<18} {text.strip()}")
