@@ -47,6 +47,7 @@ def test_a_shipped_file_is_measured_and_kept_with_its_log(student_run, tiny_data
         summary["best_epoch_top1"],
     )
     assert entry["schedule"] == "SGD, batch 16, lr 0.05 x0.1 at 50% and 75%"
+    assert entry["precision"] == "float32"
     assert entry["changes"] == dict(batch_size=16, epochs=2, lr=0.05, teacher="gld_wrn16_2.theirs")
     assert entry["teacher"] == dict(summary["teacher"], name="gld_wrn16_2.theirs")
     assert entry["dataset"] == tiny_dataset.name

@@ -9,6 +9,7 @@ mirrors the contract offline. With `--sdist FILE` it takes one already downloade
 from __future__ import annotations
 
 import fnmatch
+import importlib.util
 import os
 import subprocess
 import sys
@@ -44,6 +45,8 @@ def list_gld_models(
 
 def download(folder: Path) -> Path:
     """Fetch timm's source distribution without building it."""
+    if importlib.util.find_spec("pip") is None:
+        sys.exit("there is no pip in this environment; python -m ensurepip, or give --sdist FILE")
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
     build_tools = [
         sys.executable,

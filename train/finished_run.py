@@ -69,12 +69,13 @@ class FinishedRun:
     def description(self) -> dict[str, Any]:
         """Return how it was trained, as results.json holds it."""
         recipe, environment = self.recipe, self.environment
+        precision = environment["mixed_precision"]
         return dict(
             dataset=self.dataset,
             train_images=self.summary["train_images"],
             epochs=recipe.epochs,
             schedule=_schedule(recipe),
-            precision=environment["mixed_precision"],
+            precision="float32" if precision == "no" else precision,
             hardware=_hardware(self.launches),
             versions=environment["versions"],
         )

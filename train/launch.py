@@ -143,10 +143,20 @@ def set_up_device(accelerator: Accelerator, threads: int | None) -> None:
         cores = len(affinity(0)) if affinity else os.cpu_count() or 1
         here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(threads or max(1, cores // here))
+        if accelerator.mixed_precision == "bf16" and emulates_bf16():
+            accelerator.print(
+                "this CPU has no instructions for bf16, which makes it many times slower than "
+                "float32; leave --mixed_precision bf16 out"
+            )
     elif accelerator.device.type == "cuda":
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.deterministic = True
         forbid_tf32()
+
+
+def emulates_bf16() -> bool:
+    """Tell whether torch's convolutions compute bf16 on this CPU without its instructions."""
+    return torch.backends.mkldnn.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def flat_options(recipe: Options) -> dict[str, Any]:
