@@ -113,6 +113,16 @@ def test_seeds_of_one_row_are_listed_and_their_weights_need_not_ship(
     assert not list((package / "weights").glob("*.safetensors"))
 
 
+def test_a_row_may_begin_with_the_weights_of_another(student_run, tiny_dataset, package, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(student_run, run)
+    recipe = (run / "recipe.yaml").read_text()
+    recipe = recipe.replace("student: gld_wrn16_1", "student: gld_wrn16_1.ce_cifar100")
+    (run / "recipe.yaml").write_text(recipe.replace("finetune: null", "finetune: all"))
+    changes = released([run], tiny_dataset, ship=False)["changes"]
+    assert (changes["student"], changes["finetune"]) == ("gld_wrn16_1.ce_cifar100", "all")
+
+
 def test_runs_that_do_not_belong_are_refused(
     student_run, teacher_run, tiny_dataset, package, tmp_path
 ):

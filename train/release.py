@@ -74,7 +74,7 @@ def release(
     finished = [FinishedRun.load(run) for run in runs]
     first = finished[0]
     for other in finished:
-        if other.recipe.student != architecture:
+        if other.recipe.student.partition(".")[0] != architecture:  # perhaps from a tag's weights
             raise ValueError(f"{other.path} trained {other.recipe.student}, not {name}")
     check_seeds(finished)
     published = Recipe.load(CHECKOUT / "train" / "recipes" / f"{recipe_name}.yaml")
