@@ -1,15 +1,19 @@
-"""The documents: tables equal results.json, code blocks run, commands are those CI runs."""
+"""The documents: tables and commands are those of results.json, code blocks run."""
 
 import hashlib
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import timm
 from timm.models import get_pretrained_cfg
 
-from card import DOCUMENTS, fill, score
+from card import DOCUMENTS, commands, fill, score
+from options import parse_command
+from recipe import Recipe
+from release import changes
 
 CHECKOUT = Path(__file__).parent.parent
 PACKAGE = CHECKOUT / "gld_zoo"
@@ -23,7 +27,7 @@ BLOCKS = [
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
-def test_tables_are_those_of_the_results(path):
+def test_tables_and_commands_are_those_of_the_results(path):
     text = path.read_text()
     assert "<!-- results:" in text
     assert fill(text, RESULTS) == text, "run `python train/card.py`"
@@ -69,6 +73,27 @@ def test_a_row_of_several_seeds_shows_their_mean_and_spread():
     assert score(dict(runs=runs)) == "71.33 ± 1.53"
     assert score(dict(runs=runs[:1])) == "70.00"
     assert score(None) == "-"
+
+
+def test_each_run_has_one_command_that_is_its_recipe_with_its_changes():
+    published = CHECKOUT / "train" / "recipes"
+    folders, found = set(), []
+    for line in commands(RESULTS)[1:-1]:
+        words = shlex.split(line)
+        start = words.index("train/distill.py")
+        command = parse_command(Recipe, "", words[start + 1 :])
+        recipe = words[words.index("--config") + 1].removeprefix("train/recipes/")
+        teacher = command.recipe.teacher and dict(name=command.recipe.teacher)
+        made = changes(command.recipe, Recipe.load(published / recipe), teacher)
+        found.append((recipe.removesuffix(".yaml"), made, "bf16" in words[:start]))
+        folders.add(command.run)
+    expected = [
+        (entry["recipe"], entry["changes"], entry["precision"] == "bf16")
+        for entry in TRAINED.values()
+        for _ in entry["runs"]
+    ]
+    assert sorted(found, key=repr) == sorted(expected, key=repr)
+    assert len(folders) == len(expected)
 
 
 def test_setups_name_weights_of_their_models():

@@ -1,14 +1,15 @@
-"""Write the tables of README.md and MODEL_CARD.md from gld_zoo/results.json.
+"""Write the tables and commands of README.md and MODEL_CARD.md from gld_zoo/results.json.
 
     python train/card.py
 
-A table stands between `<!-- results:NAME -->` and `<!-- /results -->`.
+What is written stands between `<!-- results:NAME -->` and `<!-- /results -->`.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import shlex
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,7 @@ ROLES = ("teacher", "alone", "gld")
 def setups_table(results: dict[str, Any]) -> list[str]:
     """Return one line a setup: ours at the last epoch, the paper's in brackets."""
     lines = [
-        "| setup | teacher → student | epochs (paper) | teacher | student alone | student, GLD |",
+        "| setup | teacher → student | epochs each (paper) | teacher | student alone | student, GLD |",
         "|---|---|---|---|---|---|",
     ]
     trained = results["weights"] | results["runs"]
@@ -66,6 +67,37 @@ def weights_table(results: dict[str, Any]) -> list[str]:
     return lines
 
 
+def commands(results: dict[str, Any]) -> list[str]:
+    """Return a block of one command a run, those without a teacher first."""
+    trained = results["weights"] | results["runs"]
+    lines, taken = [], set()
+    for name, entry in sorted(trained.items(), key=lambda item: item[1]["teacher"] is not None):
+        for seed in (run["seed"] for run in entry["runs"]):
+            folder = (entry["recipe"], seed)
+            lines.append(command(name, entry, seed, own_folder=folder in taken))
+            taken.add(folder)
+    return ["```bash", *lines, "```"]
+
+
+def command(name: str, entry: dict[str, Any], seed: int, *, own_folder: bool) -> str:
+    """Return the command that repeats a run, perhaps in a folder other than its recipe's."""
+    launcher = ["accelerate", "launch"]
+    if entry["hardware"].startswith("cpu"):
+        launcher.append("--cpu")
+    if entry["precision"] != "float32":
+        launcher += ["--mixed_precision", entry["precision"]]
+    options: dict[str, Any] = dict(config=f"train/recipes/{entry['recipe']}.yaml")
+    options |= entry["changes"] | dict(seed=seed)
+    if own_folder:
+        options["run"] = f"runs/{name}-{seed}"
+    values = {
+        key: value if isinstance(value, str) else json.dumps(value)
+        for key, value in options.items()
+    }
+    words = [word for key, value in values.items() for word in (f"--{key}", value)]
+    return shlex.join([*launcher, "train/distill.py", *words])
+
+
 def paper_score(role: dict[str, Any]) -> str:
     """Return the paper's top-1, if it has that row."""
     return "-" if role["paper_top1"] is None else f"{role['paper_top1']:.2f}"
@@ -80,23 +112,24 @@ def score(entry: dict[str, Any] | None, key: str = "top1") -> str:
     return f"{statistics.mean(values):.2f}{spread}"
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
+BLOCKS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "setups": setups_table,
     "weights": weights_table,
+    "commands": commands,
 }
 
 
 def fill(text: str, results: dict[str, Any]) -> str:
-    """Return a document with its tables rewritten."""
+    """Return a document with its blocks rewritten."""
 
-    def table(match: re.Match[str]) -> str:
-        return "\n".join([match[1], *TABLES[match[2]](results), match[3]])
+    def block(match: re.Match[str]) -> str:
+        return "\n".join([match[1], *BLOCKS[match[2]](results), match[3]])
 
-    return re.sub(r"(<!-- results:(\w+) -->)\n.*?(<!-- /results -->)", table, text, flags=re.DOTALL)
+    return re.sub(r"(<!-- results:(\w+) -->)\n.*?(<!-- /results -->)", block, text, flags=re.DOTALL)
 
 
 def main() -> None:
-    """Rewrite the tables of all documents."""
+    """Rewrite the blocks of all documents."""
     results = json.loads((CHECKOUT / "gld_zoo" / "results.json").read_text(encoding="utf-8"))
     for path in DOCUMENTS:
         path.write_text(fill(path.read_text(encoding="utf-8"), results), encoding="utf-8")
