@@ -23,7 +23,7 @@ ROLES = ("teacher", "alone", "gld")
 def setups_table(results: dict[str, Any]) -> list[str]:
     """Return one line a setup: ours at the last epoch, the paper's in brackets."""
     lines = [
-        "| setup | teacher → student | epochs each (paper) | teacher | student alone | student, GLD |",
+        "| setup | teacher → student | epochs each (paper) | teacher | student alone | GLD |",
         "|---|---|---|---|---|---|",
     ]
     trained = results["weights"] | results["runs"]
