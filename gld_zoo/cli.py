@@ -32,7 +32,6 @@ from gld_zoo.images import to_rgb
 PACKAGE = Path(__file__).parent
 MODEL = "gld_wrn16_1"
 BATCH = 32  # images a forward pass
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
 class CommandError(ValueError):
@@ -168,21 +167,22 @@ def find_images(patterns: Sequence[str]) -> Iterator[Path]:
         suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN
     }
     for pattern in patterns:
-        if Path(pattern).is_dir():
-            files = sorted(path for path in Path(pattern).rglob("*") if path.is_file())
-            yield from (path for path in files if path.suffix.lower() in suffixes)
-        elif Path(pattern).exists() or not (matches := sorted(glob.glob(pattern, recursive=True))):
-            yield Path(pattern)
-        else:
-            yield from find_images(matches)
+        literal = os.path.lexists(pattern)
+        for path in map(Path, [pattern] if literal else _matches(pattern)):
+            if os.path.isdir(path):  # false for a name that is too long, where pathlib raises
+                files = sorted(file for file in path.rglob("*") if file.is_file())
+                yield from (file for file in files if file.suffix.lower() in suffixes)
+            else:
+                yield path
+
+
+def _matches(pattern: str) -> list[str]:
+    """Return what a pattern matches, or itself if nothing, to be named as not there."""
+    return sorted(glob.glob(pattern, recursive=True)) or [pattern]
 
 
 def read_image(path: Path) -> Image.Image:
-    """Read an image as RGB.
-
-    Raises:
-        UNREADABLE: If it cannot be read.
-    """
+    """Read an image as RGB; a damaged one may raise anything, by its format."""
     with Image.open(path) as image:
         return to_rgb(image)
 
@@ -192,7 +192,7 @@ def read_images(patterns: Sequence[str], failed: list[Path]) -> Iterator[tuple[P
     for path in find_images(patterns):
         try:
             yield path, read_image(path)
-        except UNREADABLE as error:
+        except Exception as error:
             print(f"{path}: skipped, {error}", file=sys.stderr)
             failed.append(path)
 
@@ -220,7 +220,7 @@ def explain_image(options: argparse.Namespace) -> int:
     """Write the drawing of one image."""
     try:
         image = read_image(Path(options.image))
-    except UNREADABLE as error:
+    except Exception as error:
         raise CommandError(f"{options.image}: {error}") from error
     drawing = Predictor(options.model).explain(image, options.grid)
     try:

@@ -50,6 +50,8 @@ def create_backbone(
         )
     indices = tuple(known.index(stride) for stride in strides)
     try:
+        if pretrained:
+            create_model(name, pretrained=True)  # whole, as timm checks no weights of a part
         body = create_model(
             name, pretrained=pretrained, features_only=True, out_indices=indices, **options
         )

@@ -141,7 +141,8 @@ def create_model(name: str, **kwargs: Any) -> Any:
 
     Raises:
         ValueError: If timm does not know the name, the hub does not have it or cannot be reached,
-            or its weights are missing, damaged or not the architecture's.
+            or its weights are missing, damaged or not the architecture's (the last is noticed only
+            with the weights' own number of classes, and not with `features_only`).
     """
     try:
         return timm.create_model(name, **kwargs)
@@ -149,7 +150,11 @@ def create_model(name: str, **kwargs: Any) -> Any:
         raise ValueError(
             f"its file of weights is damaged ({error}); download or export it again"
         ) from error
-    except (RuntimeError, ValueError, OSError, KeyError, HfHubHTTPError) as error:
+    except KeyError as error:
+        raise ValueError(
+            f"it has no {error}, so it is not the folder of a timm classifier"
+        ) from error
+    except (RuntimeError, ValueError, OSError, HfHubHTTPError) as error:
         reason = str(error) or f"{type(error).__name__}: its file of weights is missing"
         raise ValueError(reason) from error
 

@@ -29,10 +29,10 @@ def scene(number, size=(96, 72), objects=2):
     return image, boxes, categories, mask
 
 
-def png(array):
-    """Encode an image or a mask."""
+def encode(array):
+    """Encode an image or a mask, as datasets does."""
     file = io.BytesIO()
-    PILImage.fromarray(array).save(file, "PNG")
+    PILImage.fromarray(array).save(file, "PNG" if array.dtype == np.uint8 else "TIFF")
     return {"bytes": file.getvalue(), "path": None}
 
 
@@ -56,7 +56,7 @@ def write_detection(folder, splits, *, classes=tuple(NAMES)):
     )
     columns = {
         name: dict(
-            image=[png(image) for image, *_ in rows],
+            image=[encode(image) for image, *_ in rows],
             objects=[
                 dict(bbox=boxes, category=categories, difficult=difficult)
                 for _, boxes, categories, difficult in rows
@@ -71,7 +71,9 @@ def write_segmentation(folder, splits):
     """Write `{split: [(image, mask)]}`."""
     features = Features(image=Image(), mask=Image())
     columns = {
-        name: dict(image=[png(image) for image, _ in rows], mask=[png(mask) for _, mask in rows])
+        name: dict(
+            image=[encode(image) for image, _ in rows], mask=[encode(mask) for _, mask in rows]
+        )
         for name, rows in splits.items()
     }
     return _write(folder, columns, features)

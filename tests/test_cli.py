@@ -73,6 +73,25 @@ def test_a_bad_file_is_named_and_the_others_are_done(pictures, capsys):
     assert output.count("%") == 1
 
 
+@pytest.mark.parametrize("error", [RuntimeError("Failed to decode frame 0"), TypeError("exif")])
+def test_whatever_a_damaged_file_raises_is_named(pictures, error, monkeypatch, capsys):
+    def fail(image):
+        raise error
+
+    monkeypatch.setattr("gld_zoo.cli.to_rgb", fail)
+    output = run(capsys, "predict", pictures / "0.png", code=1)
+    assert f"0.png: skipped, {error}" in output
+    message = run(capsys, "explain", pictures / "0.png", "-o", "x.png", code="error")
+    assert f"0.png: {error}" in message
+
+
+def test_a_link_that_leads_nowhere_is_named(tmp_path, capsys):
+    link = tmp_path / "link.png"
+    link.symlink_to(tmp_path / "gone.png")
+    for wanted in (link, tmp_path / "*.png"):
+        assert "link.png: skipped, [Errno 2] No such file" in run(capsys, "predict", wanted, code=1)
+
+
 def test_nothing_to_do_and_unknown_models_are_errors(pictures, tmp_path, capsys):
     assert "no image in" in run(capsys, "predict", tmp_path, code="error")
     message = run(capsys, "predict", pictures, "--model", "gld_resnet44", code="error")
@@ -130,6 +149,8 @@ def test_only_pictures_are_looked_for_in_folders(tmp_path):
     for name in ("a.pdf", "b.PNG", "c.txt"):
         (tmp_path / name).write_bytes(b"")
     assert [path.name for path in find_images([str(tmp_path)])] == ["b.PNG"]
+    found = find_images([str(tmp_path.parent / f"{tmp_path.name[:-1]}?"), "x" * 300])
+    assert [path.name for path in found] == ["b.PNG", "x" * 300]
 
 
 def test_names_of_a_saved_model_are_its_own(tmp_path, pictures, capsys):

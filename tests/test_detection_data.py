@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, Features, Image, List, Value
-from scenes import COLORS, detection_rows, png, scene, write_detection
+from scenes import COLORS, detection_rows, encode, scene, write_detection
 from torchvision.transforms import v2
 
 from detection_data import (
@@ -50,7 +50,7 @@ def test_plain_integers_are_numbered(tmp_path):
         picture=Image(),
         things=dict(bbox=List(List(Value("float32"))), category=List(Value("int64"))),
     )
-    columns = dict(picture=[png(IMAGE)], things=[dict(bbox=BOXES, category=[0, 4])])
+    columns = dict(picture=[encode(IMAGE)], things=[dict(bbox=BOXES, category=[0, 4])])
     (tmp_path / "data").mkdir()
     for split in ("train", "validation"):
         path = tmp_path / "data" / f"{split}-00000-of-00001.parquet"
@@ -62,7 +62,7 @@ def test_plain_integers_are_numbered(tmp_path):
 
 def write(folder, features, objects):
     """Write rows of one image, and these objects, as both splits."""
-    columns = dict(image=[png(IMAGE)] * len(objects), objects=objects)
+    columns = dict(image=[encode(IMAGE)] * len(objects), objects=objects)
     (folder / "data").mkdir()
     for split in ("train", "validation"):
         path = folder / "data" / f"{split}-00000-of-00001.parquet"

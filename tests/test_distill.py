@@ -10,12 +10,13 @@ import time
 import pytest
 import timm
 import torch
+from accelerate.state import AcceleratorState
 from conftest import CHECKOUT, FEATURES, SMALL_RUN, launch, read_lines, write_dataset
 from datasets import ClassLabel, Features, Image, load_dataset
 from safetensors.torch import load_file, save_file
 
 from distiller import accuracy
-from models import create_student
+from models import ModelError, create_student
 from run_folder import summarize
 from totals import NonFiniteLossError, Totals
 
@@ -275,7 +276,7 @@ def test_compiled_run_trains(tiny_dataset, tmp_path, distill):
         (["--student", "gld_resnet18", "--image_size", "32"], "at least 2x2, got 1x1"),
         (["--student", "efficientvit_b0"], "EfficientVit does not begin with average pooling"),
         (["--no_such_option", "1"], "no_such_option"),
-        (["--epochs", "many"], "epochs"),
+        (["--epochs", "many"], 'error: Parser key "epochs"'),
         (["--alpha", "2"], "alpha=2"),
         (["--train_images", "9"], "train_images=9 is for streaming"),
         (["--crop_scale", "[0.5, 1]"], "crop_scale=[0.5, 1.0] is for crop: resized"),
@@ -307,7 +308,18 @@ def test_unreadable_image_ends_the_run_by_its_row(rows, tmp_path, distill):
 def test_unknown_key_of_a_recipe_file_ends_the_run(tmp_path, distill):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("student: gld_resnet20\nepoch: 3\n")
-    assert "epoch" in distill("--config", recipe, "--run", tmp_path / "run", fails=True)
+    output = distill("--config", recipe, "--run", tmp_path / "run", fails=True)
+    assert "epoch" in output.rpartition("error: ")[2]  # the usage comes before
+    assert not (tmp_path / "run").exists()
+
+
+def test_float16_is_refused_where_accelerate_would_leave_it_out(
+    tiny_dataset, tmp_path, distill, monkeypatch
+):
+    monkeypatch.setattr(AcceleratorState, "_shared_state", {})  # which reads it once a process
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    options = ["--dataset", tiny_dataset, "--run", tmp_path / "run"]
+    assert "fp16 is for GPUs" in distill(*SMALL_RUN, *options, fails=True)
     assert not (tmp_path / "run").exists()
 
 
@@ -360,6 +372,17 @@ def test_a_student_of_other_classes_begins_with_a_new_classifier(teacher_run, re
     weights, others = kept.state_dict(), new.state_dict()
     same = {key for key in weights if weights[key].equal(others[key])}
     assert weights.keys() - same == {"fc.weight", "fc.bias"}
+    assert create_student(name, list("abcde"), device, finetune="all").num_classes == 5
+
+
+def test_a_student_is_never_half_random(teacher_run, tmp_path):
+    """Of other classes, timm would begin at random where the file has no such weights."""
+    folder = shutil.copytree(teacher_run / "last", tmp_path / "last")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["layer1.0.conv1.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r'(?s)Missing key.*"layer1.0.conv1.weight"'):
+        create_student(f"local-dir:{folder}", list("abcde"), torch.device("cpu"), finetune="all")
 
 
 def test_existing_runs_are_never_overwritten(student_run, tiny_dataset, tmp_path, distill):

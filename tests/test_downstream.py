@@ -23,6 +23,7 @@ import segment
 import segmenter
 from gld_zoo.detection import create_ssd300
 from gld_zoo.downstream import load_downstream
+from gld_zoo.hub import create_model
 
 BACKBONE = ["--backbone", "mobilenetv3_small_050", "--pretrained", "false", "--threads", 1]
 DETECT = [*BACKBONE, "--workers", 0, "--epochs", 2, "--batch_size", 4, "--lr", 0.01]
@@ -253,6 +254,17 @@ def test_what_is_no_run_of_distill_is_not_exported_as_one(runs, tmp_path):
     message = fails(export, runs / "segment", tmp_path / "out")
     assert "holds no run of distill.py" in message
     assert not (tmp_path / "out").exists()
+
+
+def test_a_segmenter_is_not_taken_for_a_classifier(runs):
+    with pytest.raises(ValueError, match="no 'architecture', so it is not the folder of a timm"):
+        create_model(f"local-dir:{runs / 'segment' / 'last'}", pretrained=True)
+
+
+def test_nothing_to_draw_is_an_error(runs, tmp_path):
+    (tmp_path / "notes.txt").write_text("no image")
+    message = fails(predict, runs / "segment", tmp_path, "--out", tmp_path / "drawn")
+    assert f"no image in {tmp_path}" in message
 
 
 def test_a_folder_without_a_model_is_named(tmp_path):

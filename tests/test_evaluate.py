@@ -118,6 +118,13 @@ def test_images_are_prepared_as_the_cfg_says_or_it_is_refused():
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("share", [-0.2, 1, 1.5])
+def test_a_share_that_is_none_is_refused(student_run, tiny_dataset, share, capsys):
+    options = ["--model", student_run, "--dataset", tiny_dataset, "--test_fraction", share]
+    with pytest.raises(SystemExit, match=f"test_fraction={float(share)} must be at least 0"):
+        cli([str(option) for option in options])
+
+
 def test_an_unfinished_run_is_named(tmp_path, tiny_dataset):
     (tmp_path / "recipe.yaml").write_text("student: gld_resnet20\n")
     with pytest.raises(SystemExit) as stop:

@@ -145,6 +145,7 @@ def test_weights_selected_on_held_out_images_are_measured(
 def test_a_streamed_run_is_exported_too(distill, rows, export, tmp_path):
     folder, run = write_dataset(tmp_path / "data", rows), tmp_path / "run"
     options = ["--streaming", "true", "--train_images", 64, "--workers", 0, "--epochs", 1]
+    options += ["--shuffle_buffer", 32]
     distill(*SMALL_RUN, "--dataset", folder, "--run", run, *options)
     export(run, tmp_path / "hub", "--float16")
     top1 = json.loads((run / "summary.json").read_text())["top1"]
@@ -155,6 +156,8 @@ def test_mistakes_are_named_and_nothing_is_written(student_run, export, tmp_path
     folder = tmp_path / "out"
     assert "holds no finished run" in export(tmp_path, folder, fails=True)
     assert "holds no model" in export(student_run, folder, "--weights", "best", fails=True)
+    monkeypatch.chdir(tmp_path)
+    assert "is the current folder" in export(student_run, ".", fails=True)
     message = export(student_run, folder, "--float16", "--dataset", "nowhere", fails=True)
     assert "dataset='nowhere'" in message
     message = export(student_run, folder, "--push", "a/b/c", fails=True)

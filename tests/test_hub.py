@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from gld_zoo import hub
+from gld_zoo.downstream import create_backbone
 from gld_zoo.hub import create_model, save_pretrained
 
 
@@ -86,6 +87,20 @@ def test_weights_that_are_not_the_models_are_refused(tmp_path, spoil, reason):
     spoil(tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=f"(?s){reason}"):
         create_model(f"local-dir:{tmp_path}", pretrained=True)
+
+
+def rename(file):
+    tensors = {f"model.{name}": tensor for name, tensor in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def test_a_backbone_of_other_weights_is_refused(tmp_path):
+    save_pretrained(timm.create_model("gld_resnet20", num_classes=5), tmp_path)
+    rename(tmp_path / "model.safetensors")
+    name = f"local-dir:{tmp_path}"
+    with pytest.raises(ValueError, match="Missing key"):
+        create_backbone(name, (4,), pretrained=True)
+    create_backbone(name, (4,), pretrained=False)
 
 
 def test_names_that_are_not_there_are_refused(tmp_path):

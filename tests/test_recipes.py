@@ -200,7 +200,14 @@ def test_mistakes_in_a_recipe_end_the_program_and_are_named(tmp_path, capsys, te
     with pytest.raises(SystemExit) as stop:
         parse_command(Recipe, "", ["--config", str(path)])
     assert stop.value.code != 0
-    assert message in capsys.readouterr().err
+    assert message in capsys.readouterr().err.rpartition("error: ")[2]  # the usage comes before
+
+
+def test_a_folder_without_a_run_cannot_be_resumed_by_its_name_alone(tmp_path):
+    with pytest.raises(SystemExit, match="typo holds no run to resume"):
+        parse_command(Recipe, "", ["--run", str(tmp_path / "typo"), "--resume"])
+    options = ["--run", str(tmp_path / "new"), "--resume", "--student", "gld_resnet20"]
+    assert parse_command(Recipe, "", options).recipe.student == "gld_resnet20"
 
 
 def test_help_explains_every_option(capsys):

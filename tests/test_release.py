@@ -46,6 +46,7 @@ def test_a_shipped_file_is_measured_and_kept_with_its_log(student_run, tiny_data
         summary["best_epoch"],
         summary["best_epoch_top1"],
     )
+    assert run["best_epoch_split"] == "test"
     assert entry["schedule"] == "SGD, batch 16, lr 0.05 x0.1 at 50% and 75%"
     assert entry["precision"] == "float32"
     assert entry["changes"] == dict(batch_size=16, epochs=2, lr=0.05, teacher="gld_wrn16_2.theirs")

@@ -96,7 +96,7 @@ def test_a_saved_model_comes_back(model, tmp_path):
     [
         (dict(output_stride=32), "output_stride=32 is not 16 or 8"),
         (dict(num_classes=0), "num_classes=0 must be at least 1"),
-        (dict(backbone="gld_resnet20"), r"maps at strides \[1, 2, 4\], not at \[4, 32\]|not at"),
+        (dict(backbone="gld_resnet20"), r"maps at strides \[1, 2, 4\], not at \[32\]"),
         (
             dict(backbone="densenet121", pretrained_backbone=False),
             "does not take output_stride=16",

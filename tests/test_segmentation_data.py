@@ -41,6 +41,8 @@ def test_a_row_is_an_image_and_its_mask(tmp_path):
     [
         (MASK[:, :-1], r"row 0 of split 'train' .*: the image is 96x72 and its mask 95x72"),
         (np.full_like(MASK, 4), "mask with value 4, which is neither one of 4 classes"),
+        (np.full_like(MASK, -1, np.int32), "mask with value -1, which is neither one of 4 classes"),
+        (np.full_like(MASK, 0.7, np.float32), "mask of float32; it needs integers"),
         (np.stack([MASK] * 3, axis=2), "mask of 3 channels; it needs one"),
     ],
 )

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from disk import DiskError, flush, replace_folder, sha256, writing
+from disk import DiskError, replace_folder, sha256, writing
 
 
 class CheckpointError(ValueError):
@@ -67,8 +67,6 @@ def _write(
     hashes = {path.name: sha256(path) for path in sorted(folder.iterdir())}
     text = json.dumps(dict(state, sha256=hashes, state_sha256=_digest(state)), indent=2)
     (folder / "state.json").write_text(text, encoding="utf-8")
-    for path in [*folder.iterdir(), folder]:
-        flush(path)
 
 
 def _digest(state: dict[str, Any]) -> str:

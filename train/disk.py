@@ -68,7 +68,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def replace_folder(temporary: Path, folder: Path) -> None:
-    """Give a whole folder its name; an earlier one of that name goes once it stands there."""
+    """Give a folder its name once its files are on the disk; an earlier one of that name goes."""
+    for written in [*temporary.iterdir(), temporary]:
+        flush(written)
     old = folder.with_name(f".{folder.name}.old.partial")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():

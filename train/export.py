@@ -28,6 +28,7 @@ from finished_run import FinishedRun
 from gld_zoo.hub import model_card, push_folder, save_pretrained
 from models import ModelError, create_frozen
 from onnx_files import OnnxModel, check_packages, quantize, write_onnx
+from recipe import Recipe
 from rows import DataError
 from run_folder import RunError
 from scores import predict
@@ -72,6 +73,9 @@ def export(
         RunError: If the run is not finished, or the folder is in use.
     """
     finished = FinishedRun.load(run)
+    folder = folder.resolve()
+    if folder == Path.cwd():
+        raise RunError(f"{folder} is the current folder; name another, which is made")
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise RunError(f"{folder} is already there; name another, or delete it")
     if onnx or int8:
@@ -121,8 +125,12 @@ def export(
 def _open_source(finished: FinishedRun, dataset: str | None) -> ImageSource:
     """Find a run's dataset, as a whole also where the run read a stream."""
     place = dataset or finished.summary["dataset"]
-    changes: dict[str, Any] = dict(dataset=place, streaming=False, train_images=None)
-    return open_source(replace(finished.recipe, **changes))
+    of_a_stream: dict[str, Any] = {
+        field.name: field.default
+        for field in Recipe.fields()
+        if field.name in ("streaming", "train_images", "shuffle_buffer")
+    }
+    return open_source(replace(finished.recipe, dataset=place, **of_a_stream))
 
 
 def _describe_run(finished: FinishedRun, scores: dict[str, Any]) -> dict[str, Any]:
@@ -135,7 +143,7 @@ def _describe_run(finished: FinishedRun, scores: dict[str, Any]) -> dict[str, An
         recipe="recipe.yaml",
         changes={},
         test_split=finished.summary.get("test_split", "test"),  # older runs do not tell
-        runs=[dict(scores, best_epoch_split=finished.summary["best_epoch_split"])],
+        runs=[scores],
     )
 
 

@@ -27,8 +27,9 @@ from timm.data import resolve_model_data_config
 from batches import Normalize, Transforms
 from evaluate import resolve_name
 from gld_zoo import global_local_logits
-from models import create_frozen
+from models import ModelError, create_frozen
 from release import COMPONENTS, RESULTS
+from rows import DataError
 from sources import ImageSource
 from tensor_path import Split, decode
 
@@ -108,7 +109,7 @@ def local_predictions(
     for row, label in enumerate(split.labels.tolist()):
         _show_image(axes[row, 0], split.images[row], source.label_names[label])
     for column, (title, name) in enumerate(models.items(), start=1):
-        model, inputs = _model_and_inputs(name, split)
+        model, inputs = _model_and_inputs(name, split, source.label_names)
         with torch.no_grad():
             probabilities = global_local_logits(model, inputs, grid).softmax(-1)
         for row, label in enumerate(split.labels.tolist()):
@@ -217,9 +218,11 @@ def _images(dataset: str, rows: list[int] | None) -> tuple[ImageSource, Split]:
     return source, decode(test, Transforms(size).fit(), size)
 
 
-def _model_and_inputs(name: str, split: Split) -> tuple[Any, torch.Tensor]:
-    """Return a model and the images as it takes them."""
-    model = create_frozen(resolve_name(name), CPU)
+def _model_and_inputs(
+    name: str, split: Split, label_names: list[str] | None = None
+) -> tuple[Any, torch.Tensor]:
+    """Return a model, of those classes if they are given, and the images as it takes them."""
+    model = create_frozen(resolve_name(name), CPU, label_names=label_names)
     config = resolve_model_data_config(model)
     inputs = Normalize(config["mean"], config["std"], CPU)(split.images)
     size = config["input_size"][-1]
@@ -253,6 +256,9 @@ def _save(figure: Any, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    auto_cli(
-        [activations, concentration, local_predictions, components, curves], as_positional=False
-    )
+    try:
+        auto_cli(
+            [activations, concentration, local_predictions, components, curves], as_positional=False
+        )
+    except (DataError, ModelError) as error:
+        sys.exit(f"error: {error}")

@@ -89,6 +89,7 @@ class FinishedRun:
             top5=summary["top5"],
             best_epoch=summary["best_epoch"],
             best_epoch_top1=summary["best_epoch_top1"],
+            best_epoch_split=summary["best_epoch_split"],
             hours=round(summary["seconds"] / 3600, 2),
             commit=", ".join(dict.fromkeys(str(launch["commit"]) for launch in self.launches)),
             sha256=sha256(self.path / "last" / "model.safetensors"),

@@ -127,6 +127,10 @@ def check_accelerator(accelerator: Accelerator) -> None:
             f"distributed type {accelerator.distributed_type.value} is not supported; use plain "
             "data parallelism (accelerate config)"
         )
+    if accelerator.device.type == "cpu" and accelerator.mixed_precision == "fp16":
+        raise RunError(  # Accelerate would train in float32, and say fp16
+            "mixed precision fp16 is for GPUs; on a CPU set bf16 or no (--mixed_precision)"
+        )
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != accelerator.num_processes:
         raise RunError(

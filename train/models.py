@@ -38,10 +38,15 @@ def create_student(
     Raises:
         ModelError: If timm does not know the name, or weights are asked for and there are none.
     """
-    pretrained, classes = finetune is not None, len(label_names)
-    student: Any = _create("student", name, device, num_classes=classes, pretrained=pretrained)
-    if pretrained and _names_of(student, label_names) not in (None, list(label_names)):
+    classes = len(label_names)
+    if finetune is None:
+        return _create("student", name, device, num_classes=classes)
+    # with its own classes first: for others timm overlooks weights that are missing
+    student: Any = _create("student", name, device, pretrained=True)
+    its_names = _names_of(student, label_names)
+    if student.num_classes != classes or its_names not in (None, list(label_names)):
         student.reset_classifier(classes)
+        student.to(device)
     if finetune == "classifier":
         student.requires_grad_(False)
         for part in classifiers(student):

@@ -245,12 +245,17 @@ def _config_first(argv: list[str]) -> list[str]:
     configs, others = parser.parse_known_args(argv)
     parser.add_argument("--run", nargs="?")
     parser.add_argument("--resume", action="store_true")
-    given, _ = parser.parse_known_args(argv)
+    given, rest = parser.parse_known_args(argv)
     if None in configs.config:  # which the parser of all options tells
         return argv
     if given.resume and given.run and not configs.config:
         saved = Path(given.run) / "recipe.yaml"
         configs.config = [str(saved)] if saved.is_file() else []
+        if not configs.config and not rest:
+            sys.exit(
+                f"error: {given.run} holds no run to resume (there is no {saved}); name another, "
+                "or begin one by its options"
+            )
     return [*(part for path in configs.config for part in ("--config", path)), *others]
 
 

@@ -148,6 +148,8 @@ def draw(options: Any, failed: list[Path]) -> Iterator[str]:
         )
     out, used = options.out, set()
     paths = list(find_images(options.images))
+    if not paths:
+        raise ValueError(f"no image in {' '.join(options.images)}")
     for path in paths:
         if path.resolve().parent == out.resolve():
             raise ValueError(

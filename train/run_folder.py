@@ -11,7 +11,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from curves import draw_curves, measured_split
-from disk import HeldError, flush, lock, replace_folder, replacing, write_text, writing
+from disk import HeldError, lock, replace_folder, replacing, write_text, writing
 from environment import changed_environment, describe_environment
 from options import Options
 
@@ -137,8 +137,6 @@ class RunFolder:
         with writing(folder):
             shutil.rmtree(temporary, ignore_errors=True)
             write(temporary)
-            for written in [*temporary.iterdir(), temporary]:
-                flush(written)
             replace_folder(temporary, folder)
 
 

@@ -87,7 +87,7 @@ class SegmentationRows(ImageRows):
         if mask.shape != image.shape[-2:]:
             sizes = " and its mask ".join(f"{w}x{h}" for h, w in (image.shape[-2:], mask.shape))
             raise DataError(f"{place}: the image is {sizes}; they must be of one size")
-        wrong = mask[(mask >= self.classes) & (mask != IGNORE)]
+        wrong = mask[((mask < 0) | (mask >= self.classes)) & (mask != IGNORE)]
         if len(wrong):
             raise DataError(
                 f"{place} has a mask with value {int(wrong[0])}, which is neither one of "
@@ -106,6 +106,8 @@ class SegmentationRows(ImageRows):
             raise DataError(
                 f"{place} has a mask of {values.shape[-1]} channels; it needs one, of class indices"
             )
+        if values.dtype.kind == "f":
+            raise DataError(f"{place} has a mask of {values.dtype}; it needs integers, the classes")
         return torch.from_numpy(values.astype(np.int64))
 
 

@@ -43,6 +43,8 @@ class ImageSource:
         label_column: str | None = None,
         streaming: bool = False,
     ) -> None:
+        if not 0 <= test_fraction < 1:
+            raise DataError(f"test_fraction={test_fraction} must be at least 0 and below 1")
         splits = open_dataset(name, config, revision, streaming=streaming)
         if test_fraction:
             if test_split:
