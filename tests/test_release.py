@@ -200,8 +200,9 @@ def test_a_teacher_loaded_from_float16_is_known_by_its_tag(teacher_run, package)
 
 def test_a_name_is_a_weight_or_a_run():
     results = dict(weights={}, runs={"x.y": {}}, setups=dict(b=dict()))
-    release.record(results, "x.y", dict(file="x.y.safetensors"), "b", "gld")
+    release.record(results, "x.y", dict(file="x.y.safetensors"), ("b", "gld"))
     assert (list(results["weights"]), list(results["runs"])) == (["x.y"], [])
     assert results["setups"]["b"]["gld"]["weights"] == "x.y"
-    release.record(results, "x.y", dict(file=None), "b", "gld")
+    release.record(results, "x.y", dict(file=None), None)
     assert (list(results["weights"]), list(results["runs"])) == ([], ["x.y"])
+    assert results["setups"]["b"]["gld"]["weights"] == "x.y"

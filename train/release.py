@@ -3,8 +3,9 @@ r"""Record finished runs in results.json; with --ship, take the first one's weig
     python train/release.py runs/X runs/X-seed1 --name gld_wrn16_1.wrn16_2_cifar100 --ship \
         --recipe cifar100_wrn16_2_wrn16_1 --setup b --role gld --test_set uoft-cs/cifar100
 
-Several runs are the seeds of one row. A teacher of this zoo is recorded first. Then
-register a shipped tag in the model's file and run `python train/card.py`.
+Several runs are the seeds of one row. A teacher of this zoo is recorded first. Without --setup and
+--role the table of setups stays as it is. Then register a shipped tag in the model's file and run
+`python train/card.py`.
 """
 
 from __future__ import annotations
@@ -169,7 +170,7 @@ def _hashes(entry: dict[str, Any]) -> set[str]:
 
 
 def record(
-    results: dict[str, Any], name: str, entry: dict[str, Any], setup: str, role: str
+    results: dict[str, Any], name: str, entry: dict[str, Any], place: tuple[str, str] | None
 ) -> None:
     """Put an entry where it belongs: a name is either a weight that ships or a run that does not.
 
@@ -177,13 +178,15 @@ def record(
         results: The content of results.json.
         name: Architecture and tag.
         entry: What `release` returned.
-        setup: Row of the table.
-        role: Column.
+        place: Row and column of the table of setups; None leaves that table as it is.
     """
     shipped, recorded = results["weights"], results["runs"]
     into, other = (shipped, recorded) if entry["file"] else (recorded, shipped)
     other.pop(name, None)
     into[name] = entry
+    if place is None:
+        return
+    setup, role = place
     row = results["setups"][setup]
     row.setdefault(role, dict(model=name.split(".")[0], paper_top1=None))
     row[role]["weights"] = name
@@ -240,15 +243,17 @@ def main() -> None:
     parser.add_argument(
         "--test_set", type=str, required=True, help="dataset to measure the file on"
     )
-    parser.add_argument("--setup", type=str, required=True, help="row of results.json")
-    parser.add_argument("--role", type=Literal[ROLES], required=True, help="there")
+    parser.add_argument("--setup", type=str | None, help="row of the table of setups; null: none")
+    parser.add_argument("--role", type=Literal[ROLES] | None, help="column of that row")
     parser.add_argument("--ship", action="store_true", help="take the weights into the package")
     parser.add_argument(
         "--float16", action="store_true", help="ship tensors of two or more dimensions in float16"
     )
     options = parser.parse_args()
     setups = list(json.loads(RESULTS.read_text(encoding="utf-8"))["setups"])
-    if options.setup not in setups:
+    if (options.setup is None) != (options.role is None):
+        parser.error("--setup and --role are given together, or neither")
+    if options.setup and options.setup not in setups:
         parser.error(f"--setup {options.setup} is not in results.json; it has {', '.join(setups)}")
     entry = release(
         options.runs,
@@ -259,7 +264,8 @@ def main() -> None:
         float16=options.float16,
     )
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
-    record(results, options.name, entry, options.setup, options.role)
+    place = (options.setup, options.role) if options.setup else None
+    record(results, options.name, entry, place)
     RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     scores = ", ".join(f"{run['top1']:.2f}" for run in entry["runs"])
     print(f"{options.name}: top-1 {scores} %, {entry['file'] or 'not shipped'}")
