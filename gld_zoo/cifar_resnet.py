@@ -110,6 +110,7 @@ default_cfgs = generate_default_cfgs(
         "gld_resnet32.untrained": _cfg(),
         "gld_resnet44.untrained": _cfg(),
         "gld_resnet56.untrained": _cfg(),
+        "gld_resnet110.ce_restarted_cifar100": _cfg("gld_resnet110.ce_restarted_cifar100"),
         "gld_resnet110.ce_cifar100": _cfg("gld_resnet110.ce_cifar100"),
     }
 )
