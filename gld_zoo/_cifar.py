@@ -50,7 +50,11 @@ class StagePlan(NamedTuple):
 
 
 def plan_stages(output_stride: int) -> list[StagePlan]:
-    """Return the three stages' geometry; strides beyond `output_stride` become dilation."""
+    """Return the three stages' geometry; strides beyond `output_stride` become dilation.
+
+    Raises:
+        ValueError: If it is not 1, 2 or 4.
+    """
     if output_stride not in (1, 2, 4):
         raise ValueError(
             f"output_stride={output_stride} is not 1, 2 or 4, the strides of a 32 x 32 network"
@@ -174,6 +178,12 @@ class CifarNet(LocalLogits, nn.Module):
             stop_early: Do not run stages past the last one taken.
             output_fmt: Only 'NCHW'.
             intermediates_only: Return the list alone.
+
+        Returns:
+            The final features `[B, D, H/4, W/4]`, and maps of H, H/2 and H/4, of those taken.
+
+        Raises:
+            ValueError: If another `output_fmt` is asked for.
         """
         if output_fmt != "NCHW":
             raise ValueError(

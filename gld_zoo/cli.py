@@ -198,7 +198,11 @@ def read_images(patterns: Sequence[str], failed: list[Path]) -> Iterator[tuple[P
 
 
 def predict(options: argparse.Namespace) -> int:
-    """Print the classes of images; return 1 if one was skipped or none was found."""
+    """Print the classes of images; return 1 if one was skipped.
+
+    Raises:
+        CommandError: If none was found, or the model cannot be had.
+    """
     failed: list[Path] = []
     predictor, count = Predictor(options.model), 0
     images_found = read_images(options.images, failed)
@@ -217,7 +221,12 @@ def predict(options: argparse.Namespace) -> int:
 
 
 def explain_image(options: argparse.Namespace) -> int:
-    """Write the drawing of one image."""
+    """Write the drawing of one image.
+
+    Raises:
+        CommandError: If the image cannot be read, the model cannot be had or does not suit, or the
+            drawing cannot be written.
+    """
     try:
         image = read_image(Path(options.image))
     except Exception as error:

@@ -29,6 +29,8 @@ def logit_kl(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
 
     Returns:
         One divergence a row `[...]`, in nats.
+
+    Source: GLD (ICCV 2021), section 3, the global and the local distillation.
     """
     dtype = working_dtype(student)
     with torch.autocast(student.device.type, enabled=False):

@@ -43,6 +43,8 @@ def relation(
 
     Raises:
         ValueError: If the shapes differ, or with `global_batch` the processes' row counts do.
+
+    Source: GLD (ICCV 2021), section 3, the densely connected relations; the linear form is ours.
     """
     if student.ndim != 2 or student.shape != teacher.shape:
         raise ValueError(

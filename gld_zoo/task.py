@@ -33,7 +33,10 @@ class GLDTask(LogitDistillationTask):
             `teacher_pretrained_cfg_overlay`, as for `LogitDistillationTask`.
 
     Raises:
-        ValueError: If the student's and the teacher's numbers of classes differ.
+        ValueError: If the student's and the teacher's numbers of classes differ, a weight is out of
+            its range, or a model has no local logits at this grid.
+
+    Source: GLD (ICCV 2021); the interface is timm's `TrainingTask`.
 
     Example:
         ```python

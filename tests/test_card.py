@@ -10,7 +10,7 @@ import pytest
 import timm
 from timm.models import get_pretrained_cfg
 
-from card import DOCUMENTS, commands, fill, score
+from card import DOCUMENTS, command, commands, epochs_of, fill, score
 from options import parse_command
 from recipe import Recipe
 from release import changes
@@ -77,16 +77,17 @@ def test_a_row_of_several_seeds_shows_their_mean_and_spread():
 
 def test_each_run_has_one_command_that_is_its_recipe_with_its_changes():
     published = CHECKOUT / "train" / "recipes"
-    folders, found = set(), []
+    folders, found, teachers = set(), [], []
     for line in commands(RESULTS)[1:-1]:
         words = shlex.split(line)
         start = words.index("train/distill.py")
-        command = parse_command(Recipe, "", words[start + 1 :])
+        repeat = parse_command(Recipe, "", words[start + 1 :])
         recipe = words[words.index("--config") + 1].removeprefix("train/recipes/")
-        teacher = command.recipe.teacher and dict(name=command.recipe.teacher)
-        made = changes(command.recipe, Recipe.load(published / recipe), teacher)
+        teacher = repeat.recipe.teacher and dict(name=repeat.recipe.teacher)
+        made = changes(repeat.recipe, Recipe.load(published / recipe), teacher)
         found.append((recipe.removesuffix(".yaml"), made, "bf16" in words[:start]))
-        folders.add(command.run)
+        folders.add(repeat.run)
+        teachers.append(repeat.recipe.teacher)
     expected = [
         (entry["recipe"], entry["changes"], entry["precision"] == "bf16")
         for entry in TRAINED.values()
@@ -94,6 +95,28 @@ def test_each_run_has_one_command_that_is_its_recipe_with_its_changes():
     ]
     assert sorted(found, key=repr) == sorted(expected, key=repr)
     assert len(folders) == len(expected)
+    taught = [
+        entry["teacher"] and entry["teacher"]["name"]
+        for entry in TRAINED.values()
+        for _ in entry["runs"]
+    ]
+    local = "local-dir:runs/cifar100_64_resnet34-0/last"  # no weights of that name ship
+    named = ["gld_resnet34.ce_cifar100" if name == local else name for name in teachers]
+    assert sorted(named, key=repr) == sorted(taught, key=repr)
+
+
+def test_a_row_that_goes_on_from_another_shows_the_epochs_of_both():
+    trained = {"a.b": dict(epochs=24, changes={})}
+    trained["a.c"] = dict(epochs=13, changes=dict(student="a.b"))
+    assert epochs_of(trained["a.c"], trained) == "24 + 13"
+    assert epochs_of(trained["a.b"], trained) == "24"
+    assert epochs_of(None, trained) == "-"
+
+
+def test_a_command_repeats_the_number_of_processes():
+    entry = dict(recipe="x", changes={}, hardware="cpu", precision="bf16", processes=2)
+    line = "accelerate launch --cpu --num_processes 2 --mixed_precision bf16 train/distill.py"
+    assert command("a.b", entry, 0, own_folder=False).startswith(line)
 
 
 def test_setups_name_weights_of_their_models():

@@ -16,7 +16,8 @@ from datasets import ClassLabel, Features, Image, load_dataset
 from safetensors.torch import load_file, save_file
 
 from distiller import accuracy
-from models import ModelError, create_student
+from gld_zoo.hub import save_pretrained
+from models import ModelError, create_frozen, create_student
 from run_folder import summarize
 from totals import NonFiniteLossError, Totals
 
@@ -59,6 +60,8 @@ def test_printed_lines_tell_teacher_before_after_and_where(student_run):
     summary = json.loads((student_run / "summary.json").read_text())
     assert f"teacher {summary['teacher']['top1']:.2f} %" in printed
     assert f"before (random weights), {summary['top1']:.2f} % after" in printed
+    best, epoch = summary["best_epoch_top1"], summary["best_epoch"]
+    assert f"best top-1 of an epoch, as a note: {best:.2f} % at {epoch} (test)" in printed
     assert str(student_run) in printed
 
 
@@ -363,6 +366,16 @@ def test_a_teacher_with_the_classes_in_another_order_is_refused(
     options = ["--teacher", f"local-dir:{teacher_run}/last", "--dataset", reordered]
     output = distill(*SMALL_RUN, *options, "--run", tmp_path / "run", fails=True)
     assert "another order: class 0 is 'apple' to it and 'bear' to the dataset" in output
+
+
+def test_classes_that_are_numbers_have_an_order_too(tmp_path):
+    """An image folder's are sorted as text, '10' before '2'."""
+    numbers = [str(i) for i in range(11)]
+    model = timm.create_model("gld_wrn16_1", num_classes=11)
+    folder = f"local-dir:{save_pretrained(model, tmp_path / 'model', label_names=numbers)}"
+    create_frozen(folder, torch.device("cpu"), label_names=numbers)
+    with pytest.raises(ModelError, match="another order: class 2 is '2' to it and '10' to the dat"):
+        create_frozen(folder, torch.device("cpu"), label_names=sorted(numbers))
 
 
 def test_a_student_of_other_classes_begins_with_a_new_classifier(teacher_run, reordered):

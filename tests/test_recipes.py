@@ -12,6 +12,7 @@ from accelerate import Accelerator
 import linear_probe
 from detector import DetectionRecipe
 from distiller import Distiller
+from gld_zoo import create_deeplabv3plus, create_ssd300
 from options import parse_command
 from recipe import Recipe
 from run_folder import RunFolder
@@ -48,13 +49,19 @@ def test_every_linear_recipe_names_its_command_and_runs(path, teacher_run, tiny_
 
 
 @pytest.mark.parametrize("name", sorted(TRANSFERS))
-def test_every_transfer_recipe_parses_and_names_its_command_and_model(name):
+def test_every_transfer_recipe_parses_names_its_command_and_builds_its_model(name):
     kind, paths = TRANSFERS[name]
     assert len(paths) == 3
     for path in paths:
         recipe = kind.load(path)
         assert f"train/{name}.py --config train/recipes/{path.name}" in path.read_text()
-        assert timm.is_model(architecture(recipe.backbone))
+        backbone = architecture(recipe.backbone)
+        if name == "detect":
+            model = create_ssd300(backbone, pretrained_backbone=False)
+        else:
+            more = (recipe.num_classes, recipe.output_stride)
+            model = create_deeplabv3plus(backbone, *more, pretrained_backbone=False)
+        assert model.config["backbone"] == backbone
 
 
 def test_every_recipe_that_is_spoken_of_is_there():

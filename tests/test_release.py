@@ -66,11 +66,16 @@ def test_a_run_tells_all_its_launches_and_its_hours(student_run, tmp_path):
     environment = json.loads((run / "env.json").read_text())
     again = [dict(environment, commit="b", threads=2), dict(environment, commit="a")]
     environment.update(commit="a", threads=1, processor="x86_64, 4 cores", resumed=again)
+    for launch in (environment, *again):
+        launch.update(processor="x86_64, 4 cores", processes=2)
+    again[0]["mixed_precision"] = "bf16"
     (run / "env.json").write_text(json.dumps(environment))
     summary = json.loads((run / "summary.json").read_text())
     (run / "summary.json").write_text(json.dumps(dict(summary, seconds=9000, best_epoch_top1=77)))
     finished = FinishedRun.load(run)
-    assert finished.description()["hardware"] == "cpu, x86_64, 4 cores, 1 and 2 threads"
+    description = finished.description()
+    assert description["hardware"] == "cpu, x86_64, 4 cores, 2 processes, 1 and 2 threads"
+    assert description["precision"] == "float32 and bf16"
     scores = finished.scores()
     assert (scores["commit"], scores["hours"], scores["best_epoch_top1"]) == ("a, b", 2.5, 77)
 
@@ -156,10 +161,15 @@ def test_runs_that_do_not_belong_are_refused(
         released([student_run], tiny_dataset)
 
 
-def test_seeds_had_one_teacher_and_one_precision(student_run, tmp_path):
+def test_seeds_had_one_teacher_one_precision_and_one_number_of_processes(student_run, tmp_path):
+    bf16 = "in part, with mixed_precision bf16, .* with no;"
+    words = dict(teacher="teacher of other weights", precision=bf16, launches=bf16)
+    words["processes"] = "in part, with processes 2, .* with 1;"
     for name, file, key, value in [
         ("teacher", "summary.json", "teacher", dict(name="x", sha256="y", top1=1.0)),
         ("precision", "env.json", "mixed_precision", "bf16"),
+        ("processes", "env.json", "processes", 2),
+        ("launches", "env.json", "resumed", [dict(mixed_precision="bf16", processes=1)]),
     ]:
         other = tmp_path / name
         shutil.copytree(student_run, other)
@@ -167,8 +177,7 @@ def test_seeds_had_one_teacher_and_one_precision(student_run, tmp_path):
         (other / "recipe.yaml").write_text(recipe.replace("seed: 0", "seed: 1"))
         content = json.loads((other / file).read_text())
         (other / file).write_text(json.dumps({**content, key: value}))
-        words = "teacher of other weights" if name == "teacher" else "was trained in bf16, .* in no"
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(ValueError, match=words[name]):
             release.check_seeds([FinishedRun.load(student_run), FinishedRun.load(other)])
 
 

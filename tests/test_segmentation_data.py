@@ -8,7 +8,7 @@ from scenes import COLORS, scene, segmentation_rows, write_segmentation
 from torchvision.transforms import v2
 
 from batches import Normalize
-from keyed_loader import stack, transform_under
+from keyed_loader import KeyedExamples, stack, transform_under
 from rows import DataError
 from segmentation_data import (
     ListsToDevice,
@@ -106,6 +106,13 @@ def test_a_measured_image_fits_and_its_mask_stays(tmp_path):
     image, mask = MeasuringTransform(48)(*first(source(tmp_path, [(IMAGE, MASK)])))
     assert image.shape == (3, 36, 48)
     assert mask.shape == (72, 96)
+
+
+def test_an_image_that_cannot_be_brought_to_size_is_named(tmp_path):
+    narrow = source(tmp_path, [(np.zeros((1, 600, 3), np.uint8), np.zeros((1, 600), np.uint8))])
+    (found,) = KeyedExamples(narrow.train, MeasuringTransform(513), 0).__getitems__([(0, 0)])
+    assert "row 0 of split 'train'" in str(found)
+    assert "cannot be brought to size" in str(found)
 
 
 def test_batches_are_normalised(tmp_path):

@@ -32,7 +32,7 @@ def setups_table(results: dict[str, Any]) -> list[str]:
         if not any(entries):
             continue
         pair = f"{row['teacher']['model']} → {row['gld']['model']}"
-        epochs = ", ".join(str(entry["epochs"]) if entry else "-" for entry in entries)
+        epochs = ", ".join(epochs_of(entry, trained) for entry in entries)
         scores = [
             f"{score(entry)} ({paper_score(row[role])})"
             for role, entry in zip(ROLES, entries, strict=True)
@@ -84,6 +84,8 @@ def command(name: str, entry: dict[str, Any], seed: int, *, own_folder: bool) ->
     launcher = ["accelerate", "launch"]
     if entry["hardware"].startswith("cpu"):
         launcher.append("--cpu")
+    if entry["processes"] > 1:
+        launcher += ["--num_processes", str(entry["processes"])]
     if entry["precision"] != "float32":
         launcher += ["--mixed_precision", entry["precision"]]
     options: dict[str, Any] = dict(config=f"train/recipes/{entry['recipe']}.yaml")
@@ -96,6 +98,15 @@ def command(name: str, entry: dict[str, Any], seed: int, *, own_folder: bool) ->
     }
     words = [word for key, value in values.items() for word in (f"--{key}", value)]
     return shlex.join([*launcher, "train/distill.py", *words])
+
+
+def epochs_of(entry: dict[str, Any] | None, trained: dict[str, Any]) -> str:
+    """Return a row's epochs, after those of the weights that it began with."""
+    if entry is None:
+        return "-"
+    start = entry["changes"].get("student")
+    before = f"{epochs_of(trained[start], trained)} + " if start in trained else ""
+    return f"{before}{entry['epochs']}"
 
 
 def paper_score(role: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -68,16 +69,16 @@ class FinishedRun:
 
     def description(self) -> dict[str, Any]:
         """Return how it was trained, as results.json holds it."""
-        recipe, environment = self.recipe, self.environment
-        precision = environment["mixed_precision"]
+        precisions = [launch["mixed_precision"] for launch in self.launches]
         return dict(
             dataset=self.dataset,
             train_images=self.summary["train_images"],
-            epochs=recipe.epochs,
-            schedule=_schedule(recipe),
-            precision="float32" if precision == "no" else precision,
+            epochs=self.recipe.epochs,
+            schedule=_schedule(self.recipe),
+            precision=_listed("float32" if name == "no" else name for name in precisions),
             hardware=_hardware(self.launches),
-            versions=environment["versions"],
+            processes=self.environment["processes"],
+            versions=self.environment["versions"],
         )
 
     def scores(self) -> dict[str, Any]:
@@ -97,14 +98,19 @@ class FinishedRun:
 
 
 def _hardware(launches: list[dict[str, Any]]) -> str:
-    """Return the machine, and on a CPU the threads that trained, of all launches."""
-    first = launches[0]
-    machine = f"{first['device']}, {first['processor']}"
-    if first["device"] != "cpu":
-        return machine
-    counts = sorted({launch["threads"] for launch in launches})
-    plural = "" if counts == [1] else "s"
-    return f"{machine}, {' and '.join(map(str, counts))} thread{plural}"
+    """Return the machines, processes if several, and on a CPU the threads, of all launches."""
+    words = [_listed(f"{launch['device']}, {launch['processor']}" for launch in launches)]
+    processes = sorted({launch["processes"] for launch in launches})
+    if processes != [1]:
+        words.append(f"{_listed(processes)} processes")
+    if all(launch["device"] == "cpu" for launch in launches):
+        threads = sorted({launch["threads"] for launch in launches})
+        words.append(f"{_listed(threads)} thread{'' if threads == [1] else 's'}")
+    return ", ".join(words)
+
+
+def _listed(values: Iterable[Any]) -> str:
+    return " and ".join(dict.fromkeys(map(str, values)))
 
 
 def _schedule(recipe: Recipe) -> str:

@@ -52,7 +52,12 @@ class KeyedExamples(Dataset):
             example = self.rows.example(row, item)
         except DataError as error:
             return error
-        return transform_under(self.transform, example, derive_seed(self.seed, epoch, row))
+        try:
+            return transform_under(self.transform, example, derive_seed(self.seed, epoch, row))
+        except (RuntimeError, ValueError) as error:  # as of an image of 3x2000, made 0 pixels high
+            return DataError(
+                f"{self.rows.place(row)} cannot be brought to size ({error}); remove or replace it"
+            )
 
 
 class KeyedBatches:

@@ -92,6 +92,8 @@ def train(trainer: Trainer, interruption: Interruption, *, resume: bool) -> None
     if resume:
         trainer.restore()
     origin = describe_origin(trainer)
+    if trainer.data.val:
+        origin += ", on the images held out"
     before = trainer.measure(trainer.data.val or trainer.data.test)[trainer.score]
     say(f"{trainer.describe_model()}, {origin}: {trainer.score_title} {before:.2f} %")
     try:
@@ -99,7 +101,13 @@ def train(trainer: Trainer, interruption: Interruption, *, resume: bool) -> None
     except Stopped as stopped:
         say(f"{stopped}; go on with --resume")
         return
-    for line in trainer.conclusion(trainer.finish(), before, origin):
+    summary = trainer.finish()
+    best = summary[f"best_epoch_{trainer.score}"]
+    say(
+        f"best {trainer.score_title} of an epoch, as a note: {best:.2f} % at "
+        f"{summary['best_epoch']} ({summary['best_epoch_split']})"
+    )
+    for line in trainer.conclusion(summary, before, origin):
         say(line)
 
 

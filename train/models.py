@@ -103,11 +103,14 @@ def create_frozen(
 
 
 def _names_of(model: Any, label_names: Sequence[str]) -> list[str] | None:
-    """Return a model's class names; None if it, or the dataset, tells only numbers."""
-    names = model.pretrained_cfg.get("label_names")
-    if not names or all(name.isdigit() for name in label_names):
-        return None
-    return list(names)
+    """Return a model's class names; None if it has none, or if only the dataset's are numbers."""
+    names = list(model.pretrained_cfg.get("label_names") or [])
+    unnamed = _are_numbers(label_names) and not _are_numbers(names)
+    return None if not names or unnamed else names
+
+
+def _are_numbers(names: Sequence[str]) -> bool:
+    return all(name.isdigit() for name in names)
 
 
 @contextlib.contextmanager

@@ -118,7 +118,8 @@ def check_seeds(runs: list[FinishedRun]) -> None:
     """Refuse runs that are not the seeds of one row.
 
     Raises:
-        ValueError: If two have the same seed, or they differ in recipe, teacher or precision.
+        ValueError: If two have the same seed, or they or a run's own launches differ in recipe,
+            teacher, precision or processes.
     """
     first = runs[0]
     for number, other in enumerate(runs):
@@ -130,9 +131,13 @@ def check_seeds(runs: list[FinishedRun]) -> None:
         theirs, ours = ((run.summary["teacher"] or {}).get("sha256") for run in (other, first))
         if theirs != ours:
             raise ValueError(f"{other.path} had a teacher of other weights than {first.path}")
-        theirs, ours = (run.environment["mixed_precision"] for run in (other, first))
-        if theirs != ours:
-            raise ValueError(f"{other.path} was trained in {theirs}, {first.path} in {ours}")
+        for launch in other.launches:
+            for name in ("mixed_precision", "processes"):
+                if launch[name] != first.environment[name]:
+                    raise ValueError(
+                        f"{other.path} was trained, at least in part, with {name} {launch[name]}, "
+                        f"{first.path} with {first.environment[name]}; a row tells of one"
+                    )
 
 
 def teacher_on_record(teacher: dict[str, Any] | None) -> dict[str, Any] | None:
