@@ -87,11 +87,13 @@ def describe(name: str) -> str:
         teacher = entry["teacher"]
         if isinstance(teacher, dict):
             teacher = teacher["name"]
+        changes = ", ".join(f"{option} {value}" for option, value in entry["changes"].items())
         lines += [
             f"  {key}: top-1 {run['top1']:.2f} %, top-5 {run['top5']:.2f} % on "
             f"{entry.get('dataset', 'cifar100')}, epoch {entry['epochs']}",
-            f"    teacher {teacher or 'none'}, recipe {entry['recipe']}, seed {run['seed']}, on "
-            f"{entry['hardware']}",
+            f"    teacher {teacher or 'none'}",
+            f"    recipe {entry['recipe']}, changes {changes or 'none'}",
+            f"    seed {run['seed']}, on {entry['hardware']}, {entry['precision']}",
             f"    {entry['file'] or 'its weights do not ship'}, sha256 {entry['sha256']}",
         ]
     return "\n".join(lines if chosen else [*lines, "  no weights ship; train it by its recipe"])

@@ -18,6 +18,7 @@ from release import changes
 CHECKOUT = Path(__file__).parent.parent
 PACKAGE = CHECKOUT / "gld_zoo"
 RESULTS = json.loads((PACKAGE / "results.json").read_text())
+CPU = "ACCELERATE_USE_CPU=true"
 TRAINED = RESULTS["weights"] | RESULTS["runs"]
 BLOCKS = [
     pytest.param(block, id=f"{path.name}-{number}")
@@ -113,10 +114,19 @@ def test_a_row_that_goes_on_from_another_shows_the_epochs_of_both():
     assert epochs_of(None, trained) == "-"
 
 
-def test_a_command_repeats_the_number_of_processes():
-    entry = dict(recipe="x", changes={}, hardware="cpu", precision="bf16", processes=2)
-    line = "accelerate launch --cpu --num_processes 2 --mixed_precision bf16 train/distill.py"
-    assert command("a.b", entry, 0, own_folder=False).startswith(line)
+@pytest.mark.parametrize(
+    ("hardware", "precision", "expected"),
+    [
+        ("NVIDIA H200", "bf16", "accelerate launch --num_processes 2 --mixed_precision bf16"),
+        ("NVIDIA H200", "float32", "accelerate launch --num_processes 2"),
+        ("cpu", "float32", f"{CPU} torchrun --nproc_per_node 2 --"),
+        ("cpu", "bf16", f"{CPU} ACCELERATE_MIXED_PRECISION=bf16 torchrun --nproc_per_node 2 --"),
+    ],
+)
+def test_a_command_repeats_the_number_of_processes(hardware, precision, expected):
+    entry = dict(recipe="x", changes={}, hardware=hardware, precision=precision, processes=2)
+    line = command("a.b", entry, 0, own_folder=False)
+    assert line == f"{expected} train/distill.py --config train/recipes/x.yaml --seed 0"
 
 
 def test_setups_name_weights_of_their_models():

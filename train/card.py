@@ -81,13 +81,6 @@ def commands(results: dict[str, Any]) -> list[str]:
 
 def command(name: str, entry: dict[str, Any], seed: int, *, own_folder: bool) -> str:
     """Return the command that repeats a run, perhaps in a folder other than its recipe's."""
-    launcher = ["accelerate", "launch"]
-    if entry["hardware"].startswith("cpu"):
-        launcher.append("--cpu")
-    if entry["processes"] > 1:
-        launcher += ["--num_processes", str(entry["processes"])]
-    if entry["precision"] != "float32":
-        launcher += ["--mixed_precision", entry["precision"]]
     options: dict[str, Any] = dict(config=f"train/recipes/{entry['recipe']}.yaml")
     options |= entry["changes"] | dict(seed=seed)
     if own_folder:
@@ -97,7 +90,25 @@ def command(name: str, entry: dict[str, Any], seed: int, *, own_folder: bool) ->
         for key, value in options.items()
     }
     words = [word for key, value in values.items() for word in (f"--{key}", value)]
-    return shlex.join([*launcher, "train/distill.py", *words])
+    return shlex.join([*launcher(entry), "train/distill.py", *words])
+
+
+def launcher(entry: dict[str, Any]) -> list[str]:
+    """Return what starts a row's processes; on a CPU Accelerate starts one, whatever it is told."""
+    on_cpu, precision = entry["hardware"].startswith("cpu"), entry["precision"]
+    count = str(entry["processes"])
+    if on_cpu and count != "1":
+        settings = ["ACCELERATE_USE_CPU=true", f"ACCELERATE_MIXED_PRECISION={precision}"]
+        used = settings if precision != "float32" else settings[:1]
+        return [*used, "torchrun", "--nproc_per_node", count, "--"]
+    words = ["accelerate", "launch"]
+    if on_cpu:
+        words.append("--cpu")
+    if count != "1":
+        words += ["--num_processes", count]
+    if precision != "float32":
+        words += ["--mixed_precision", precision]
+    return words
 
 
 def epochs_of(entry: dict[str, Any] | None, trained: dict[str, Any]) -> str:
