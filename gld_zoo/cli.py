@@ -26,7 +26,7 @@ from timm.models import get_pretrained_cfg
 
 from gld_zoo.explain import explain, seen_part
 from gld_zoo.heads import global_local_logits
-from gld_zoo.hub import create_model
+from gld_zoo.hub import create_model, describe_changes
 from gld_zoo.images import to_rgb
 
 PACKAGE = Path(__file__).parent
@@ -87,12 +87,11 @@ def describe(name: str) -> str:
         teacher = entry["teacher"]
         if isinstance(teacher, dict):
             teacher = teacher["name"]
-        changes = ", ".join(f"{option} {value}" for option, value in entry["changes"].items())
         lines += [
             f"  {key}: top-1 {run['top1']:.2f} %, top-5 {run['top5']:.2f} % on "
             f"{entry.get('dataset', 'cifar100')}, epoch {entry['epochs']}",
             f"    teacher {teacher or 'none'}",
-            f"    recipe {entry['recipe']}, changes {changes or 'none'}",
+            f"    recipe {entry['recipe']}, changes {describe_changes(entry)}",
             f"    seed {run['seed']}, on {entry['hardware']}, {entry['precision']}",
             f"    {entry['file'] or 'its weights do not ship'}, sha256 {entry['sha256']}",
         ]

@@ -269,7 +269,6 @@ def model_card(model: Any, results: dict[str, Any], repo_id: str) -> ModelCard:
         ],
     )
     text = (Path(__file__).parent / "model_card.md").read_text(encoding="utf-8")
-    changes = ", ".join(f"{name} {value}" for name, value in results["changes"].items())
     filled = text.format(
         repo_id=repo_id,
         architecture=model.pretrained_cfg["architecture"],
@@ -278,7 +277,7 @@ def model_card(model: Any, results: dict[str, Any], repo_id: str) -> ModelCard:
         use=CIFAR100_USE if is_cifar100 else f"Not for images unlike those of {title}.",
         terms=CIFAR100_TERMS if is_cifar100 else f"The terms of {title} are in its own card.",
         files="".join(f"\n- {line}" for line in files) + ("\n" if files else ""),
-        changes=changes or "none",
+        changes=describe_changes(results),
         licence=licence or "none is stated",
         epoch="best" if results.get("selected") else "last",
         tested=tested,
@@ -287,6 +286,11 @@ def model_card(model: Any, results: dict[str, Any], repo_id: str) -> ModelCard:
         results=results,
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{filled}")
+
+
+def describe_changes(results: dict[str, Any]) -> str:
+    """Return the options that an entry of results.json changed from its recipe, or 'none'."""
+    return ", ".join(f"{name} {value}" for name, value in results["changes"].items()) or "none"
 
 
 def _check_results(results: dict[str, Any]) -> None:

@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from gld_zoo.hub import describe_changes
+
 CHECKOUT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [CHECKOUT / "README.md", CHECKOUT / "MODEL_CARD.md"]
 ROLES = ("teacher", "alone", "gld")
@@ -48,7 +50,6 @@ def weights_table(results: dict[str, Any]) -> list[str]:
     titles += ["hours", "best epoch"]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for name, entry in (results["weights"] | results["runs"]).items():
-        changes = ", ".join(f"{key} {value}" for key, value in entry["changes"].items()) or "none"
         best = "; ".join(
             f"{run['best_epoch_top1']:.2f} at {run['best_epoch']}" for run in entry["runs"]
         )
@@ -57,7 +58,7 @@ def weights_table(results: dict[str, Any]) -> list[str]:
             f"{entry['parameters']:,}",
             score(entry),
             score(entry, "top5"),
-            f"{entry['recipe']}, {changes}",
+            f"{entry['recipe']}, {describe_changes(entry)}",
             ", ".join(str(run["seed"]) for run in entry["runs"]),
             f"{entry['hardware']}, {entry['precision']}",
             f"{sum(run['hours'] for run in entry['runs']):.1f}",
