@@ -105,6 +105,14 @@ def test_each_run_has_one_command_that_is_its_recipe_with_its_changes():
     assert len(folders) == len(expected)
 
 
+def test_a_row_that_goes_on_from_another_shows_the_epochs_of_both():
+    trained = {"a.b": dict(epochs=24, changes={})}
+    trained["a.c"] = dict(epochs=13, changes=dict(student="a.b"))
+    assert epochs_of(trained["a.c"], trained) == "24 + 13"
+    assert epochs_of(trained["a.b"], trained) == "24"
+    assert epochs_of(None, trained) == "-"
+
+
 @pytest.mark.parametrize(
     ("hardware", "precision", "expected"),
     [
