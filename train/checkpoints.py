@@ -117,29 +117,3 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dic
         raise DiskError(f"cannot read {path}: {error.strerror}; nothing was changed") from error
     return tensors, state
 
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Flatten an optimiser's tensors to `<parameter index>.<name>`."""
-    state = optimizer.state_dict()["state"]
-    return {
-        f"{index}.{name}": value
-        for index, values in state.items()
-        for name, value in values.items()
-        if isinstance(value, torch.Tensor)
-    }
-
-
-def load_optimizer_tensors(
-    optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]
-) -> None:
-    """Undo `optimizer_tensors`; each tensor takes its parameter's layout, as fused steps expect."""
-    groups = optimizer.state_dict()["param_groups"]
-    parameters = [weight for group in optimizer.param_groups for weight in group["params"]]
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for key, value in tensors.items():
-        index, name = key.split(".", 1)
-        parameter = parameters[int(index)]
-        if value.shape == parameter.shape:
-            value = torch.empty_like(parameter, dtype=value.dtype, device="cpu").copy_(value)
-        state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict(dict(state=state, param_groups=groups))

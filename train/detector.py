@@ -116,15 +116,15 @@ class Detector(TransferTrainer):
         return dict(loss=box + category, loss_box=box, loss_class=category), {}
 
     @torch.no_grad()
-    def measure(self, batches: EvalBatches) -> dict[str, float]:
+    def measure(self, model: nn.Module, batches: EvalBatches) -> dict[str, float]:
         """Return the mean loss of an image, and each AP."""
-        self.share_buffers()
-        self.model.eval()
+        self.share_buffers(model)
+        model.eval()
         seen: list[tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], float]] = []
         images: Any
         targets: Any
         for images, targets in batches:
-            losses, found = losses_and_detections(self.model, images, targets)
+            losses, found = losses_and_detections(model, images, targets)
             seen += zip(map(_on_cpu, found), map(_on_cpu, targets), losses.tolist(), strict=True)
         # torchmetrics' own gathering wants as many images of every process
         if self.accelerator.num_processes > 1:
@@ -170,7 +170,7 @@ class Detector(TransferTrainer):
     def export(self, name: str) -> None:
         """Write the detector to a folder of the run, as `load_downstream` loads it."""
         names = self.source.label_names
-        self.run.export(name, lambda folder: save_downstream(self.model, folder, label_names=names))
+        self.run.export(name, lambda folder: save_downstream(self.result, folder, label_names=names))
 
 
 def average_precision(

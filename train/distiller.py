@@ -66,10 +66,10 @@ class Distiller(Trainer):
             teacher_logits = self.teacher(images)
         return self.criterion(logits, teacher_logits, target), accuracy(logits[:, 0], target)
 
-    def measure(self, batches: EvalBatches) -> dict[str, float]:
+    def measure(self, model: nn.Module, batches: EvalBatches) -> dict[str, float]:
         """Return the student's loss, top-1 and top-5."""
-        self.share_buffers()
-        return self._evaluate(self.student.eval(), batches)
+        self.share_buffers(model)
+        return self._evaluate(model.eval(), batches)
 
     @torch.no_grad()
     def _evaluate(
@@ -150,7 +150,7 @@ class Distiller(Trainer):
     def export(self, name: str) -> None:
         """Write the student to a folder of the run, as timm loads it."""
         options: dict[str, Any] = dict(label_names=self.source.label_names, data_config=self.config)
-        self.run.export(name, lambda folder: save_pretrained(self.student, folder, **options))
+        self.run.export(name, lambda folder: save_pretrained(self.result, folder, **options))
 
 
 def _digest(values: list[Any]) -> str:

@@ -115,14 +115,20 @@ def _listed(values: Iterable[Any]) -> str:
 
 def _schedule(recipe: Recipe) -> str:
     """Return a recipe's learning rate in words."""
-    words = [f"SGD, batch {recipe.batch_size}, lr {recipe.lr:g}"]
-    if recipe.lr_power is not None:
+    opt = "SGD" if recipe.opt == "sgd" else recipe.opt
+    words = [f"Nesterov {opt}" if recipe.nesterov else opt]
+    words[0] += f", batch {recipe.batch_size}, lr {recipe.lr:g}"
+    if recipe.schedule == "poly":
         words += [f"times (1 - share of the epochs)^{recipe.lr_power:g}"]
+    elif recipe.schedule != "steps":
+        words += [f"to 0 ({recipe.schedule})"]
     elif recipe.lr_drops:
         drops = " and ".join(f"{drop:.0%}" for drop in recipe.lr_drops)
         words += [f"x{recipe.lr_decay:g} at {drops}"]
     if recipe.warmup_epochs:
         words += [f"after a warm-up of {recipe.warmup_epochs:g} epochs"]
+    if recipe.ema is not None:
+        words += [f"with an average of the weights ({recipe.ema:g} a step)"]
     return " ".join(words)
 
 

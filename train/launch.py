@@ -94,7 +94,7 @@ def train(trainer: Trainer, interruption: Interruption, *, resume: bool) -> None
     origin = describe_origin(trainer)
     if trainer.data.val:
         origin += ", on the images held out"
-    before = trainer.measure(trainer.data.val or trainer.data.test)[trainer.score]
+    before = trainer.measure(trainer.result, trainer.data.val or trainer.data.test)[trainer.score]
     say(f"{trainer.describe_model()}, {origin}: {trainer.score_title} {before:.2f} %")
     try:
         trainer.fit(lambda line: say(describe(line, trainer)), interruption)
@@ -196,6 +196,8 @@ def describe(line: dict[str, Any], trainer: Trainer) -> str:
     epochs, score, split = trainer.recipe.epochs, trainer.score, measured_split(line)
     minutes = line["seconds"] * (epochs - line["epoch"]) / 60
     shown = f"{trainer.score_title} {split} {line[f'{split}_{score}']:.2f}"
+    if (raw := line.get(f"{split}_raw_{score}")) is not None:
+        shown += f" (without averaging {raw:.2f})"
     if f"train_{score}" in line:
         shown += f" train {line[f'train_{score}']:.2f}"
     return (

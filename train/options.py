@@ -13,9 +13,27 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, TypeVar, get_args, get_type_hints
 
 import yaml
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, get_loader, set_loader
 
 Kind = TypeVar("Kind", bound="Options")
+Schedule = Literal["steps", "linear", "rex", "cosine", "poly"]
+MODE = "recipe"  # how jsonargparse reads YAML here
+
+
+def load_yaml(text: str) -> Any:
+    """Read YAML; a recipe of an earlier version becomes one of this.
+
+    Before there were schedules, `lr_power` chose one: null the drops, a number the poly schedule.
+    """
+    value = get_loader("yaml")(text)
+    if isinstance(value, dict) and "lr_power" in value and "schedule" not in value:
+        value["schedule"] = "steps" if value["lr_power"] is None else "poly"
+        if value["lr_power"] is None:
+            del value["lr_power"]
+    return value
+
+
+set_loader(MODE, load_yaml, exceptions=(yaml.YAMLError,))
 
 
 def option(default: Any, text: str, *, decides: bool = True) -> Any:
@@ -33,7 +51,7 @@ class Options(ABC):
     """The schedule and the conduct of a run, whatever it trains."""
 
     # under which title `--help` shows the options from this one on
-    GROUPS: ClassVar[dict[str, str]] = dict(epochs="schedule", seed="run")
+    GROUPS: ClassVar[dict[str, str]] = dict(epochs="schedule", opt="optimiser", seed="run")
     # smallest and largest value
     RANGES: ClassVar[dict[str, tuple[float, float]]] = dict(
         epochs=(1, math.inf),
@@ -44,6 +62,7 @@ class Options(ABC):
         warmup_epochs=(0, math.inf),
         momentum=(0, 1),
         weight_decay=(0, math.inf),
+        ema=(0, 1),
         seed=(0, math.inf),
         eval_batch_size=(1, math.inf),
         keep_checkpoints=(1, math.inf),
@@ -55,17 +74,30 @@ class Options(ABC):
     epochs: int = option(200, "passes over the training split")
     batch_size: int = option(64, "images a step, over all processes together")
     lr: float = option(0.1, "initial learning rate")
-    lr_drops: list[float] = option(
-        [0.5, 0.75], "when the learning rate drops, as fractions of the epochs"
+    schedule: Schedule = option(
+        "steps", "how the learning rate falls: by lr_drops, or every step, to 0 at the end"
     )
-    lr_decay: float = option(0.1, "factor of each drop")
-    lr_power: float | None = option(
-        None,
-        "instead of the drops, every step: lr times (1 - share of the epochs done) to this power",
+    lr_drops: list[float] = option(
+        [0.5, 0.75], "when it drops, as fractions of the epochs (schedule: steps)"
+    )
+    lr_decay: float = option(0.1, "factor of each drop (schedule: steps)")
+    lr_power: float = option(
+        0.9, "lr times (1 - share of the epochs done) to this power (schedule: poly)"
     )
     warmup_epochs: float = option(0.0, "epochs in which the learning rate rises from 0, linearly")
-    momentum: float = option(0.9, "momentum of SGD")
+
+    opt: str = option("sgd", "any optimiser of timm.optim; sgd is plain unless nesterov is set")
+    momentum: float = option(0.9, "momentum of SGD and its like, 0 to 1")
+    nesterov: bool = option(False, "Nesterov's momentum")
     weight_decay: float = option(5e-4, "L2 penalty on every parameter")
+    decay_norm: bool = option(
+        True, "decay norms, biases and what the model excepts too; false leaves them out"
+    )
+    ema: float | None = option(
+        None,
+        "decay a step of an average of the weights, such as 0.9998, which warms up and is measured "
+        "and exported in the weights' place; null for none",
+    )
 
     seed: int = option(
         0, "seed of the initial weights, the order of the images and their augmentation"
@@ -112,9 +144,10 @@ class Options(ABC):
             raise ValueError(
                 f"lr_drops={self.lr_drops} must be fractions of the epochs, between 0 and 1"
             )
-
-        if self.lr_power is not None:
-            self.refuse("is for lr_power: null alone", "lr_drops", "lr_decay")
+        if self.schedule != "steps":
+            self.refuse("is for schedule: steps alone", "lr_drops", "lr_decay")
+        if self.schedule != "poly":
+            self.refuse("is for schedule: poly alone", "lr_power")
 
     def refuse(self, reason: str, *names: str) -> None:
         """Refuse options that are not at their default and would have no effect."""
@@ -131,15 +164,26 @@ class Options(ABC):
         """The name of the model that is trained."""
 
     def lr_at(self, epoch: float) -> float:
-        """Return the learning rate after a number of epochs, which need not be whole."""
-        if self.lr_power is not None:
-            lr = self.lr * (1 - epoch / self.epochs) ** self.lr_power
-        else:
-            # at the nearest whole epoch, but not before the first is done
-            ends = (max(1, math.floor(drop * self.epochs + 0.5)) for drop in self.lr_drops)
-            drops = sum(epoch >= end for end in ends)
-            lr = self.lr * self.lr_decay**drops
+        """Return the learning rate after a number of epochs, which need not be whole.
+
+        Sources: linear, Li, Yumer and Ramanan, "Budgeted Training", ICLR 2020; rex, Chen, Wolfe and
+        Kyrillidis, "REX: Revisiting Budgeted Training with an Improved Schedule", 2021.
+        """
+        done = epoch / self.epochs
+        factors = dict(
+            steps=lambda: self.lr_decay ** self._drops_before(epoch),
+            linear=lambda: 1 - done,
+            rex=lambda: (1 - done) / (1 - done / 2),
+            cosine=lambda: (1 + math.cos(math.pi * done)) / 2,
+            poly=lambda: (1 - done) ** self.lr_power,
+        )
+        lr = self.lr * factors[self.schedule]()
         return lr * min(1.0, epoch / self.warmup_epochs) if self.warmup_epochs else lr
+
+    def _drops_before(self, epoch: float) -> int:
+        # at the nearest whole epoch, but not before the first is done
+        ends = (max(1, math.floor(drop * self.epochs + 0.5)) for drop in self.lr_drops)
+        return sum(epoch >= end for end in ends)
 
     @classmethod
     def fields(cls) -> list[dataclasses.Field[Any]]:
@@ -173,7 +217,7 @@ class Options(ABC):
         Raises:
             ValueError: If an option is unknown, missing or of the wrong type.
         """
-        parser = ArgumentParser(exit_on_error=False)
+        parser = ArgumentParser(exit_on_error=False, parser_mode=MODE)
         cls.add_to(parser)
         try:
             return cls(**parser.parse_path(str(path)).as_dict())
@@ -210,7 +254,7 @@ def parse_command(
     kind: type[Kind], description: str, argv: list[str] | None = None
 ) -> Command[Kind]:
     """Read `--config FILE`, then `--field value` over it; a mistake ends the program."""
-    parser = ArgumentParser(description=description)
+    parser = ArgumentParser(description=description, parser_mode=MODE)
     parser.add_argument(
         "--config", action="config", help="YAML file of options; those given here override it"
     )

@@ -16,7 +16,7 @@ from batches import Data, EvalBatches, Normalize, Share
 from gld_zoo.downstream import save_downstream
 from gld_zoo.segmentation import create_deeplabv3plus
 from keyed_loader import KeyedExamples, stack
-from options import option
+from options import Schedule, option
 from rows import DataError
 from segmentation_data import (
     IGNORE,
@@ -49,9 +49,8 @@ class SegmentationRecipe(TransferRecipe):
     epochs: int = option(50, "passes over the training split")
     batch_size: int = option(16, "images a step, over all processes together")
     lr: float = option(0.007, "initial learning rate")
-    lr_power: float | None = option(
-        0.9,
-        "every step: lr times (1 - share of the epochs done) to this power; null takes the drops",
+    schedule: Schedule = option(
+        "poly", "how the learning rate falls: by lr_drops, or every step, to 0 at the end"
     )
     eval_batch_size: int = option(
         8, "images a step of evaluation, over all processes together", decides=False
@@ -122,10 +121,10 @@ class Segmenter(TransferTrainer):
         return dict(loss=loss, loss_ce=loss), {}
 
     @torch.no_grad()
-    def measure(self, batches: EvalBatches) -> dict[str, float]:
+    def measure(self, model: nn.Module, batches: EvalBatches) -> dict[str, float]:
         """Return the mean loss of the images that count, the mean IoU, and the pixel accuracy."""
-        self.share_buffers()
-        self.model.eval()
+        self.share_buffers(model)
+        model.eval()
         device = self.accelerator.device
         # on Apple's GPUs it would need memory for pixels x classes squared
         counting = torch.device("cpu") if device.type == "mps" else device
@@ -137,7 +136,7 @@ class Segmenter(TransferTrainer):
         for images, masks in batches:
             for image, mask in zip(images, masks, strict=True):
                 logits = F.interpolate(
-                    self.model(image), size=mask.shape, mode="bilinear", align_corners=False
+                    model(image), size=mask.shape, mode="bilinear", align_corners=False
                 )
                 loss = pixel_loss(logits, mask[None])
                 total, count = total + loss.item(), count + bool((mask != IGNORE).any())
@@ -184,7 +183,7 @@ class Segmenter(TransferTrainer):
             label_names=recipe.label_names or [str(i) for i in range(recipe.num_classes)],
             image_size=recipe.image_size,
         )
-        self.run.export(name, lambda folder: save_downstream(self.model, folder, **options))
+        self.run.export(name, lambda folder: save_downstream(self.result, folder, **options))
 
 
 def pixel_loss(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:

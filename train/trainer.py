@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn as nn
 from accelerate import Accelerator
+from timm.utils import ModelEmaV3
 from tqdm.auto import tqdm
 
 from batches import Data, EvalBatches, Share, derive_seed
@@ -19,11 +20,10 @@ from checkpoints import (
     CheckpointError,
     list_checkpoints,
     load_checkpoint,
-    load_optimizer_tensors,
-    optimizer_tensors,
     save_checkpoint,
 )
 from interruption import CHECK_EVERY, Interruption, Stopped
+from optimizers import build_optimizer, load_optimizer_state, optimizer_state
 from options import Options
 from rows import DataError
 from run_folder import RunError, RunFolder, summarize
@@ -55,14 +55,12 @@ class Trainer(ABC):
         self.accelerator = accelerator
         share = Share(accelerator.process_index, accelerator.num_processes)
         self.data, self.model, network = self.build(share)
-        optimizer = torch.optim.SGD(
-            [weight for weight in self.model.parameters() if weight.requires_grad],
-            lr=recipe.lr,
-            momentum=recipe.momentum,
-            weight_decay=recipe.weight_decay,
-            # fused, a first step that fp16's scaler skips would leave the momentum uninitialised
-            fused=accelerator.device.type in ("cpu", "cuda") and accelerator.scaler is None,
-        )
+        # fused, a first step that fp16's scaler skips would leave the momentum uninitialised
+        fused = accelerator.device.type in ("cpu", "cuda") and accelerator.scaler is None
+        optimizer = build_optimizer(recipe, self.model, fused=fused)
+        self.average = None
+        if recipe.ema is not None:
+            self.average = ModelEmaV3(self.model, decay=recipe.ema, use_warmup=True)
         # the loaders and the learning rate stay ours: each process takes its share of a global
         # batch by itself
         self.network, self.optimizer = accelerator.prepare(network, optimizer)
@@ -81,12 +79,29 @@ class Trainer(ABC):
         """Return a training batch's `loss` with its terms, and other scalars to average."""
 
     @abstractmethod
-    def measure(self, batches: EvalBatches) -> dict[str, float]:
-        """Return the model's scores on a split, in float32 at any training precision."""
+    def measure(self, model: nn.Module, batches: EvalBatches) -> dict[str, float]:
+        """Return a model's scores on a split, in float32 at any training precision.
+
+        Args:
+            model: The one that is trained, or the average of its weights.
+            batches: The split.
+        """
 
     @abstractmethod
     def export(self, name: str) -> None:
-        """Write the model to a folder of the run, as it is loaded."""
+        """Write the `result` to a folder of the run, as it is loaded."""
+
+    @property
+    def result(self) -> nn.Module:
+        """What the run is for: the average of the model's weights if there is one, or the model."""
+        return self.model if self.average is None else self.average.module
+
+    def score_of(self, batches: EvalBatches) -> dict[str, float]:
+        """Return the result's scores on a split, and beside an average the raw weights' score."""
+        scores = self.measure(self.result, batches)
+        if self.average is not None:
+            scores[f"raw_{self.score}"] = self.measure(self.model, batches)[self.score]
+        return scores
 
     def set_training_mode(self) -> None:
         """Set the model to training."""
@@ -123,7 +138,11 @@ class Trainer(ABC):
                 continue
             self._check_made_of(state.get("made_of", {}))  # which earlier versions did not keep
             self.model.load_state_dict(tensors["model"])
-            load_optimizer_tensors(self.optimizer, tensors["optimizer"])
+            if self.average is not None:
+                self.average.module.load_state_dict(tensors["average"])
+            load_optimizer_state(
+                self.optimizer, self.model, tensors["optimizer"], state.get("optimizer")
+            )
             if self.accelerator.scaler is not None and state["scaler"]:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
             self.totals.load(state["totals"])
@@ -177,13 +196,16 @@ class Trainer(ABC):
         totals = self.totals.state(self.accelerator)
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
+            tensors, plain = optimizer_state(self.optimizer, self.model)
+            average = {} if self.average is None else dict(average=self.average.module.state_dict())
             save_checkpoint(
                 self.run.checkpoints,
                 f"epoch-{epoch:05d}" + (f"-step-{step:07d}" if step else ""),
-                dict(model=self.model.state_dict(), optimizer=optimizer_tensors(self.optimizer)),
+                dict(model=self.model.state_dict(), optimizer=tensors, **average),
                 dict(
                     epoch=epoch,
                     step=step,
+                    optimizer=plain,
                     totals=totals,
                     scaler=scaler.state_dict() if scaler else None,
                     history=self.run.history,
@@ -227,7 +249,7 @@ class Trainer(ABC):
         """Measure after an epoch, counted from 0; write its metrics and checkpoint."""
         recipe, split = self.recipe, "val" if self.data.val else "test"
         began = time.perf_counter()
-        measured = self.measure(self.data.val or self.data.test)
+        measured = self.score_of(self.data.val or self.data.test)
         if not math.isfinite(measured["loss"]):
             raise NonFiniteLossError(
                 f"the {split} loss is {measured['loss']} after epoch {epoch + 1}; try a smaller lr"
@@ -277,6 +299,9 @@ class Trainer(ABC):
                 # dropout and stochastic depth are the step's, wherever the run was resumed
                 torch.manual_seed(derive_seed(recipe.seed, epoch, step, rank))
                 self.totals.add(*self.step(*batch))
+                if self.average is not None:
+                    done = epoch * len(self.data.train) + step
+                    self.average.update(self.model, step=done)
                 if step % CHECK_EVERY == 0 or step in (start + 1, len(self.data.train)):
                     self.totals.check(step, epoch)
                     bar.set_postfix_str(self.postfix(epoch), refresh=False)
@@ -290,7 +315,7 @@ class Trainer(ABC):
     def set_learning_rate(self, epoch: float) -> None:
         """Set the learning rate that the recipe asks for after some epochs."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.lr_at(epoch)
+            group["lr"] = self.recipe.lr_at(epoch) * group.get("lr_scale", 1.0)
 
     def step(self, *batch: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """Train on a batch; return what `forward` did.
@@ -332,15 +357,15 @@ class Trainer(ABC):
         shown = "" if score is None else f"{self.score_title} {score:.1f} "
         return f"{shown}{rate:.0f} images/s lr {lr:g} {terms}"  # a narrow window cuts the end
 
-    def share_buffers(self) -> None:
+    def share_buffers(self, model: nn.Module) -> None:
         """Give every process the main one's batch norm statistics, those that are saved."""
         if self.accelerator.num_processes > 1:
-            for buffer in self.model.buffers():
+            for buffer in model.buffers():
                 torch.distributed.broadcast(buffer, src=0)
 
     def finish(self) -> dict[str, Any]:
         """Write the model, and the summary that marks the run as finished."""
-        measured = self.measure(self.data.test)
+        measured = self.score_of(self.data.test)
         if self.accelerator.is_main_process:
             self.export("last")
         summary = summarize(self.run.history, measured, self.score)
