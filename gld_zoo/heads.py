@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import weakref
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+Grid = int | Sequence[int]
 
 # model -> the classifier its head was checked with; reset_classifier makes a new one, so it is
 # checked again
@@ -19,7 +22,7 @@ _checked_heads = weakref.WeakKeyDictionary()
 class LocalLogits:
     """Give a timm model `forward_logits`."""
 
-    def forward_logits(self, images: torch.Tensor, grid: int = 2) -> torch.Tensor:
+    def forward_logits(self, images: torch.Tensor, grid: Grid = 2) -> torch.Tensor:
         """Return global and local logits `[B, 1+L, K]`; see `global_local_logits`."""
         return global_local_logits(cast(nn.Module, self), images, grid)
 
@@ -32,14 +35,14 @@ class GlobalLocal(nn.Module):
 
     Args:
         model: Any timm CNN that `global_local_logits` takes.
-        grid: Cells along each side of the feature map, the paper's d.
+        grid: Cells along each side of the feature map, the paper's d, or several such numbers.
 
     Raises:
         ValueError: If the model is no classifier, or its head does not begin with average pooling;
             what else is wrong is told by `forward`, which sees the images.
     """
 
-    def __init__(self, model: nn.Module, grid: int = 2) -> None:
+    def __init__(self, model: nn.Module, grid: Grid = 2) -> None:
         super().__init__()
         self.model = model
         self.grid = grid
@@ -56,7 +59,7 @@ class GlobalLocal(nn.Module):
         return global_local_logits(self.model, images, self.grid)
 
 
-def global_local_logits(model: nn.Module, images: torch.Tensor, grid: int = 2) -> torch.Tensor:
+def global_local_logits(model: nn.Module, images: torch.Tensor, grid: Grid = 2) -> torch.Tensor:
     """Classify the whole feature map and each of its grid² cells by the model's own head.
 
     Each average-pooled cell goes through `model.forward_head` as a 1 x 1 map, so that norms and 1 x
@@ -67,16 +70,17 @@ def global_local_logits(model: nn.Module, images: torch.Tensor, grid: int = 2) -
         model: A timm CNN with a `[B, D, H, W]` feature map and a head that begins with average
             pooling.
         images: Normalised images `[B, C, H, W]`.
-        grid: Cells along each side, L = grid². Where it does not divide the map, pooling is
+        grid: Cells along each side, L = grid²; or several such numbers above 1, whose cells follow
+            each other, L the sum of their squares. Where one does not divide the map, pooling is
             adaptive (some positions count in two cells).
 
     Returns:
         Logits `[B, 1+L, K]`: row 0 equals `model(images)`, then the cells row by row, top left
-        first.
+        first, grid by grid.
 
     Raises:
-        ValueError: If the model has no such map, no such head or no classifier, or `grid` is finer
-            than the map.
+        ValueError: If the model has no such map, no such head or no classifier, or a grid is finer
+            than the map or is not a number that there can be.
 
     Batch norm in a head, where a model has it, sees B(1+L) rows in training instead of B.
 
@@ -88,8 +92,8 @@ def global_local_logits(model: nn.Module, images: torch.Tensor, grid: int = 2) -
     if not torch.compiler.is_compiling():
         _check_head(model, features)
     with torch.autocast(features.device.type, enabled=False):
-        # what autocast left in bfloat16 goes back to the parameters' own type
-        return _head_rows(model, features.to(next(model.parameters()).dtype), grid)
+        # what autocast left in bfloat16 goes back to the classifier's own type
+        return _head_rows(model, features.to(_head_dtype(model)), grid)
 
 
 def classifiers(model: Any) -> tuple[nn.Module, ...]:
@@ -98,19 +102,46 @@ def classifiers(model: Any) -> tuple[nn.Module, ...]:
     return found if isinstance(found, tuple) else (found,)
 
 
-def _head_rows(model: Any, features: torch.Tensor, grid: int) -> torch.Tensor:
+def _head_dtype(model: Any) -> torch.dtype:
+    weights = (weight for part in classifiers(model) for weight in part.parameters())
+    return next(weights, next(model.parameters())).dtype
+
+
+def grids_of(grid: Grid) -> tuple[int, ...]:
+    """Return the numbers of cells along a side, one or several.
+
+    Raises:
+        ValueError: If of several one is not above 1 or comes twice.
+    """
+    if isinstance(grid, int):
+        return (grid,)
+    grids = tuple(grid)
+    if not grids or min(grids) < 2 or len(set(grids)) < len(grids):
+        raise ValueError(f"grid={grid} must be one number or different numbers above 1")
+    return grids
+
+
+def count_cells(grid: Grid) -> int:
+    """Return L, the cells of all grids."""
+    return sum(side * side for side in grids_of(grid))
+
+
+def _head_rows(model: Any, features: torch.Tensor, grid: Grid) -> torch.Tensor:
+    pooled = [features.mean((2, 3)).unsqueeze(2)]
+    pooled += [_cells(features, side) for side in grids_of(grid)]
+    rows = torch.cat(pooled, dim=2).transpose(1, 2)  # [B, 1+L, D]
+    logits = model.forward_head(rows.flatten(0, 1)[:, :, None, None])
+    return logits.unflatten(0, rows.shape[:2])
+
+
+def _cells(features: torch.Tensor, grid: int) -> torch.Tensor:
+    """Return the means `[B, D, grid²]` of a map's cells."""
     height, width = features.shape[2:]
     # adaptive_avg_pool2d, with a gradient that repeats to the bit on a GPU
     if height % grid or width % grid:
         rows, columns = (_pooling(side, grid, features) for side in (height, width))
-        cells = rows @ features @ columns.T
-    else:
-        cells = F.avg_pool2d(features, (height // grid, width // grid))
-    cells = cells.flatten(2)  # [B, D, L]
-    pooled = torch.cat([features.mean((2, 3)).unsqueeze(2), cells], dim=2)  # [B, D, 1+L]
-    rows = pooled.transpose(1, 2).flatten(0, 1)  # [B(1+L), D]
-    logits = model.forward_head(rows[:, :, None, None])
-    return logits.unflatten(0, (features.shape[0], 1 + grid * grid))
+        return (rows @ features @ columns.T).flatten(2)
+    return F.avg_pool2d(features, (height // grid, width // grid)).flatten(2)
 
 
 def _pooling(side: int, grid: int, like: torch.Tensor) -> torch.Tensor:
@@ -136,7 +167,7 @@ def _check_model(model: Any) -> None:
         )
 
 
-def _check_map(model: Any, features: torch.Tensor, images: torch.Tensor, grid: int) -> None:
+def _check_map(model: Any, features: torch.Tensor, images: torch.Tensor, grid: Grid) -> None:
     name = type(model).__name__
     kind = list(features.shape) if isinstance(features, torch.Tensor) else type(features).__name__
     if not isinstance(kind, list) or len(kind) != 4 or kind[1] != model.num_features:
@@ -146,9 +177,11 @@ def _check_map(model: Any, features: torch.Tensor, images: torch.Tensor, grid: i
             "as convolutional networks have"
         )
     height, width = features.shape[2:]
-    if grid < 1 or grid > min(height, width):
+    grids = grids_of(grid)
+    finest = max(grids)
+    if min(grids) < 1 or finest > min(height, width):
         raise ValueError(
-            f"grid={grid} needs a feature map of at least {grid}x{grid}, got {height}x{width} "
+            f"grid={grid} needs a feature map of at least {finest}x{finest}, got {height}x{width} "
             f"for a {images.shape[2]}x{images.shape[3]} input; use a larger input "
             f"or a grid from 1 to {min(height, width)}"
         )
@@ -163,7 +196,7 @@ def _check_head(model: Any, features: torch.Tensor) -> None:
         ref() is part for ref, part in zip(checked, parts, strict=True)
     ):
         return
-    noise = _noise_like(features, next(model.parameters()).dtype)
+    noise = _noise_like(features, _head_dtype(model))
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

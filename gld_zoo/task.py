@@ -9,7 +9,7 @@ import torch.nn as nn
 from timm.task import DistillationTeacher, LogitDistillationTask
 from timm.utils import unwrap_model
 
-from gld_zoo.heads import GlobalLocal
+from gld_zoo.heads import GlobalLocal, Grid
 from gld_zoo.losses import GLDLoss
 
 
@@ -23,10 +23,11 @@ class GLDTask(LogitDistillationTask):
         student_model: Any timm CNN that `global_local_logits` takes.
         teacher_model: Such a model in eval mode, its timm name, or timm's `DistillationTeacher`,
             which draws a new classifier if it is asked for other classes than the weights have.
-        grid: Cells along each side of the feature map, the paper's d.
+        grid: Cells along each side of the feature map, the paper's d, or several such numbers.
         alpha: Share of the global distillation against cross-entropy, 0 to 1.
         beta: Weight of the relation; scale it by batch size times (1 + grid^2) over 320.
-        local_weight: Weight of the local distillation.
+        local_weight, temperature, standardise, disagreement, ce_weight, global_weight: As for
+            `GLDLoss`.
         global_batch: Take the relation over all processes' batches. Gradient accumulation cannot be
             mended so: the relation spans a whole batch and does not add up over parts.
         **kwargs: `device`, `dtype`, `verbose`, `teacher_pretrained_path` and
@@ -51,14 +52,29 @@ class GLDTask(LogitDistillationTask):
         student_model: nn.Module,
         teacher_model: str | nn.Module | DistillationTeacher,
         *,
-        grid: int = 2,
+        grid: Grid = 2,
         alpha: float = 0.7,
         beta: float = 500.0,
         local_weight: float = 1.0,
         global_batch: bool = True,
+        temperature: float = 1.0,
+        standardise: bool = True,
+        disagreement: float = 1.0,
+        ce_weight: float | None = None,
+        global_weight: float | None = None,
         **kwargs: Any,
     ) -> None:
-        criterion = GLDLoss(alpha, beta, local_weight=local_weight, global_batch=global_batch)
+        criterion = GLDLoss(
+            alpha,
+            beta,
+            local_weight=local_weight,
+            global_batch=global_batch,
+            temperature=temperature,
+            standardise=standardise,
+            disagreement=disagreement,
+            ce_weight=ce_weight,
+            global_weight=global_weight,
+        )
         kwargs.setdefault("verbose", False)
         super().__init__(student_model, teacher_model, criterion, **kwargs)
         _check_classes(student_model, unwrap_model(self.teacher.model), teacher_model)
@@ -98,7 +114,7 @@ class GLDTask(LogitDistillationTask):
 
         Args:
             input: Images `[B, C, H, W]`, normalised for the student.
-            target: Classes `[B]`.
+            target: Classes `[B]`, or probabilities `[B, K]` of mixed labels.
 
         Returns:
             `loss` and its weighted terms (`loss_ce`, `loss_global`, `loss_local`,

@@ -338,7 +338,7 @@ def test_cross_entropy_is_the_global_rows():
         (((0, 5, 10), (0, 5, 10), (0,)), r"at least 1, got \[0, 5, 10\]"),
         (((4, 5, 10), (4, 5, 9), (4,)), "same classes"),
         (((4, 5, 10), (4, 10, 10), (4,)), "same grid"),
-        (((4, 5, 10), (4, 5, 10), (4, 10)), "one class index an image"),
+        (((4, 5, 10), (4, 5, 10), (4, 10)), "class index an image"),
     ],
 )
 def test_shapes_that_do_not_fit_are_named(shapes, message):

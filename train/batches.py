@@ -95,6 +95,10 @@ class Transforms:
         crop_padding: Border in pixels.
         crop_scale: Smallest and largest part of the area.
         flip: Mirror half of the training images.
+        augment: 'trivial' or 'rand' for torchvision's TrivialAugmentWide or RandAugment.
+        erasing: Share of the images of which RandomErasing takes a rectangle.
+        cutout: Side in pixels of a square that is taken out.
+        fill: Colour of what is taken out, 0 to 255.
     """
 
     size: int
@@ -103,6 +107,10 @@ class Transforms:
     crop_padding: int = 4
     crop_scale: tuple[float, ...] = (0.08, 1.0)
     flip: bool = True
+    augment: str = "none"
+    erasing: float = 0.0
+    cutout: int = 0
+    fill: tuple[int, ...] = (0, 0, 0)
 
     def fit(self) -> v2.Compose:
         """Return the transform of images to crop later: by the shorter side, at the centre."""
@@ -124,7 +132,54 @@ class Transforms:
             steps = [*self._fit(), v2.RandomCrop(self.size, padding=self.crop_padding)]
         if self.flip:
             steps.append(v2.RandomHorizontalFlip())
-        return v2.Compose([*steps, v2.PILToTensor()])
+        if self.augment != "none":
+            kinds = dict(trivial=v2.TrivialAugmentWide, rand=v2.RandAugment)
+            steps.append(kinds[self.augment](interpolation=self._mode))
+        steps.append(v2.PILToTensor())
+        if self.erasing:
+            steps.append(v2.RandomErasing(self.erasing, value=list(self.fill)))
+        if self.cutout:
+            steps.append(v2.Lambda(self._cut_out, torch.Tensor))
+        return v2.Compose(steps)
+
+    def _cut_out(self, image: torch.Tensor) -> torch.Tensor:
+        row, column = torch.randint(self.size, (2, 1))
+        pixels = cut_out(image.permute(1, 2, 0)[None], row, column, self.cutout, self.fill)
+        return pixels[0].permute(2, 0, 1)
+
+
+def cut_out(
+    images: torch.Tensor,
+    rows: torch.Tensor,
+    columns: torch.Tensor,
+    side: int,
+    fill: tuple[int, ...],
+) -> torch.Tensor:
+    """Give a square of each image one colour.
+
+    Args:
+        images: Pixels uint8 `[B, S, S, 3]`.
+        rows: Line of each square's centre `[B]`; what of it lies outside is lost.
+        columns: Column of that centre `[B]`.
+        side: Of the squares in pixels.
+        fill: The colour, 0 to 255.
+
+    Source: DeVries and Taylor, "Improved Regularization of CNNs with Cutout", 2017.
+    """
+    place = torch.arange(images.shape[1], device=images.device)
+    low, high = -(side // 2), side - side // 2
+    inside = [
+        (place >= centre[:, None] + low) & (place < centre[:, None] + high)
+        for centre in (rows, columns)
+    ]
+    square = inside[0][:, :, None, None] & inside[1][:, None, :, None]
+    colour = torch.tensor(fill, dtype=images.dtype, device=images.device)
+    return torch.where(square, colour, images)
+
+
+def mirrored_first(seed: int, row: int) -> bool:
+    """Tell whether an image that is mirrored every other epoch is so in the first."""
+    return bool(derive_seed(seed, -1, row) & 1)
 
 
 def measuring_transform(config: dict[str, Any], size: int) -> v2.Transform:
@@ -164,6 +219,7 @@ class Normalize:
         self, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
     ) -> None:
         self.device = device
+        self.mean_pixel = tuple(round(255 * value) for value in mean)
         self.scale = 1 / (255 * torch.tensor(std, device=device))
         self.shift = -torch.tensor(mean, device=device) / torch.tensor(std, device=device)
 

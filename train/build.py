@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch._inductor.config
 import torch.nn as nn
 from accelerate import Accelerator
 
@@ -16,6 +17,7 @@ from models import (
     Teacher,
     create_frozen,
     create_student,
+    enable_grad_checkpointing,
     refusals,
     resolve_data_config,
     weights_sha256,
@@ -46,7 +48,15 @@ def build_models(recipe: Recipe, label_names: Sequence[str], accelerator: Accele
     """
     device = accelerator.device
     torch.manual_seed(derive_seed(recipe.seed))
-    student = create_student(recipe.student, label_names, device, finetune=recipe.finetune)
+    student = create_student(
+        recipe.student,
+        label_names,
+        device,
+        finetune=recipe.finetune,
+        options=recipe.student_args,
+    )
+    if recipe.grad_checkpointing:
+        enable_grad_checkpointing(student, recipe.student)
     if recipe.sync_batch_norm and accelerator.num_processes > 1:
         student = synchronise_batch_norm(student, device)
     config = resolve_data_config(student, recipe.image_size, recipe.crop_pct)
@@ -66,6 +76,8 @@ def build_models(recipe: Recipe, label_names: Sequence[str], accelerator: Accele
     if recipe.compile:
         # CUDA graphs: small models are bound by the launches of their kernels
         mode = "reduce-overhead" if device.type == "cuda" else None
+        if hasattr(torch._inductor.config, "deterministic"):
+            torch._inductor.config.deterministic = True
         network.compile(mode=mode)
         if teacher:
             teacher.compile(mode=mode)

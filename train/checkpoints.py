@@ -116,4 +116,3 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dic
     except OSError as error:  # it may pass: no reason to give a checkpoint up
         raise DiskError(f"cannot read {path}: {error.strerror}; nothing was changed") from error
     return tensors, state
-

@@ -12,9 +12,9 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import LogLocator, NullFormatter
 
 
-def measured_split(line: dict[str, Any]) -> str:
-    """Return which split a line of metrics was measured on: the one held out, if any."""
-    return "val" if any(name.startswith("val_") for name in line) else "test"
+def measured_split(history: list[dict[str, Any]]) -> str:
+    """Return which split lines of metrics were measured on: the one held out, if any."""
+    return "val" if any(name.startswith("val_") for line in history for name in line) else "test"
 
 
 def draw_curves(history: list[dict[str, Any]], path: Path, score: str, title: str) -> None:
@@ -28,13 +28,14 @@ def draw_curves(history: list[dict[str, Any]], path: Path, score: str, title: st
     """
     epochs = [line["epoch"] for line in history]
     last = history[-1]
-    split = measured_split(last)
+    split = measured_split(history)
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
     for name in ("train", split):
-        if f"{name}_{score}" in last:
-            values = [line[f"{name}_{score}"] for line in history]
-            axes[0].plot(epochs, values, marker=".", label=name)
-    axes[0].set(title=f"{title}, {split} {last[f'{split}_{score}']:.2f} %", ylabel="%")
+        measured = [line for line in history if f"{name}_{score}" in line]
+        if measured:
+            values = [line[f"{name}_{score}"] for line in measured]
+            axes[0].plot([line["epoch"] for line in measured], values, marker=".", label=name)
+            axes[0].set(title=f"{title}, {name} {values[-1]:.2f} %", ylabel="%")
     terms = [key for key in last if key.startswith("loss")]
     for key in terms if len(terms) > 2 else ["loss"]:
         style = dict(color="black", linewidth=2) if key == "loss" else {}
@@ -53,7 +54,8 @@ def draw_curves(history: list[dict[str, Any]], path: Path, score: str, title: st
     axes[1].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes[1].yaxis.set_minor_formatter(NullFormatter())
     axes[2].set_xlim(left=min(epochs) - 0.5)
-    axes[0].legend()
+    if axes[0].lines:
+        axes[0].legend()
     if len(terms) > 2:
         axes[1].margins(y=0.25)  # for the legend
         axes[1].legend(ncols=len(terms), loc="upper center", fontsize="small", columnspacing=1)

@@ -90,7 +90,7 @@ def _label_names(name: str, features: Any, column: str, table: Any) -> list[str]
             f"column {column!r} of {name} has categories of type {kind}; they must be class "
             "indices from 0: make them a ClassLabel or integers"
         )
-    used = {category for row in table[column] for category in as_lists(row)["category"]}
+    used = {category for row in table[column][:] for category in as_lists(row)["category"]}
     return [str(i) for i in range(max(used - {None}, default=-1) + 1)]
 
 
@@ -120,7 +120,7 @@ class DetectionRows(ImageRows):
         """
         return sum(
             len(self.boxes(row, as_lists(objects))[1])
-            for row, objects in enumerate(self.table[self.objects_column])
+            for row, objects in enumerate(self.table[self.objects_column][:])
         )
 
     def boxes(self, row: int, objects: dict[str, list[Any]]) -> tuple[torch.Tensor, torch.Tensor]:

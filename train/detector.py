@@ -151,10 +151,10 @@ class Detector(TransferTrainer):
         """Return the detector's name."""
         return f"SSD300 on {self.recipe.backbone}"
 
-    def conclusion(self, summary: dict[str, Any], before: float, origin: str) -> list[str]:
+    def conclusion(self, summary: dict[str, Any]) -> list[str]:
         """Return what the run came to, and how to use the detector."""
         return [
-            f"AP50 {before:.2f} % before ({origin}), {summary['ap50']:.2f} % after; AP "
+            f"AP50 {self.told_before()}, {summary['ap50']:.2f} % after; AP "
             f"{summary['ap']:.2f} %, VOC07-style {summary['voc07']:.2f} %",
             self.how_to_use(),
         ]
@@ -170,7 +170,9 @@ class Detector(TransferTrainer):
     def export(self, name: str) -> None:
         """Write the detector to a folder of the run, as `load_downstream` loads it."""
         names = self.source.label_names
-        self.run.export(name, lambda folder: save_downstream(self.result, folder, label_names=names))
+        self.run.export(
+            name, lambda folder: save_downstream(self.result, folder, label_names=names)
+        )
 
 
 def average_precision(

@@ -17,7 +17,7 @@ from gld_zoo import GLDLoss
 from gld_zoo.hub import save_pretrained
 from loaders import load_data
 from models import ModelError, create_frozen, set_training_mode
-from recipe import Recipe
+from recipe import PAPER_BETA, Recipe
 from sources import open_source
 from trainer import Trainer
 
@@ -38,9 +38,9 @@ class Distiller(Trainer):
         self.models = build_models(recipe, self.source.label_names, accelerator)
         self.student, self.teacher = self.models.student, self.models.teacher
         self.config = self.models.config
-        self.criterion = GLDLoss(
-            recipe.alpha, recipe.beta, local_weight=recipe.local_weight, global_batch=True
-        )
+        self.criterion = build_loss(recipe)
+        if recipe.compile and accelerator.num_processes == 1:  # not through collectives
+            self.criterion.compile()
         data = load_data(self.source, recipe, self.config, accelerator.device, share)
         labels = [] if recipe.streaming else self.source.train.labels().tolist()
         self.source_digests = dict(classes=_digest(self.source.label_names), labels=_digest(labels))
@@ -59,11 +59,14 @@ class Distiller(Trainer):
         if self.recipe.compile:
             torch.compiler.cudagraph_mark_step_begin()
         logits = self.network(images)
+        smoothing = self.recipe.label_smoothing
         if self.teacher is None:
-            loss = F.cross_entropy(logits.float(), target)
+            loss = F.cross_entropy(logits.float(), target, label_smoothing=smoothing)
             return dict(loss=loss, loss_ce=loss), accuracy(logits, target)
         with self.accelerator.autocast():
             teacher_logits = self.teacher(images)
+        if smoothing:
+            target = smooth(target, logits.shape[-1], smoothing)
         return self.criterion(logits, teacher_logits, target), accuracy(logits[:, 0], target)
 
     def measure(self, model: nn.Module, batches: EvalBatches) -> dict[str, float]:
@@ -83,12 +86,33 @@ class Distiller(Trainer):
     def introduction(self) -> list[str]:
         """Return what to tell of the data and of the teacher, whose accuracy is measured."""
         lines, student = super().introduction(), self.recipe.student
+        beta = self.recipe.relation_weight
+        if self.teacher is not None and beta == self.recipe.scaled_beta != PAPER_BETA:
+            lines.append(f"beta {beta:g}: the paper's {PAPER_BETA:g} scaled to the rows of a batch")
         if not self.recipe.finetune and (":" in student or "." in student):
             lines.append(f"{student} begins at random; --finetune all begins with its weights")
         if self.teacher is not None:
-            self.teacher_top1 = self._evaluate(self.teacher.classify, self.data.test)["top1"]
+            if self.teacher_top1 is None:
+                self.teacher_top1 = self._evaluate(self.teacher.classify, self.data.test)["top1"]
             lines.append(f"teacher {self.recipe.teacher}: top-1 {self.teacher_top1:.2f} %")
+            self.teacher.keep_in(self._autocast_dtype())  # from here on it only teaches
         return lines
+
+    def remembered(self) -> dict[str, Any]:
+        """Return the scores that need not be measured again, and of which weights they are."""
+        teacher = dict(sha256=self.models.teacher_sha256, top1=self.teacher_top1)
+        return dict(super().remembered(), teacher=teacher)
+
+    def recall(self, remembered: dict[str, Any]) -> None:
+        """Take over what `remembered` returned, the teacher's score if it is of these weights."""
+        super().recall(remembered)
+        teacher = remembered.get("teacher", {})
+        if teacher.get("sha256") == self.models.teacher_sha256:
+            self.teacher_top1 = teacher.get("top1")
+
+    def _autocast_dtype(self) -> torch.dtype | None:
+        names = dict(bf16=torch.bfloat16, fp16=torch.float16)
+        return names.get(self.accelerator.mixed_precision)
 
     def describe_model(self) -> str:
         """Return the student's name."""
@@ -99,12 +123,12 @@ class Distiller(Trainer):
         """Return which weights it starts from."""
         return "pretrained" if self.recipe.finetune else "random weights"
 
-    def conclusion(self, summary: dict[str, Any], before: float, origin: str) -> list[str]:
+    def conclusion(self, summary: dict[str, Any]) -> list[str]:
         """Return what the run came to, and how to load the student."""
         lines = [] if self.teacher_top1 is None else [f"teacher {self.teacher_top1:.2f} %"]
         return [
             *lines,
-            f"student {before:.2f} % before ({origin}), {summary['top1']:.2f} % after",
+            f"student {self.told_before()}, {summary['top1']:.2f} % after",
             f"run folder {self.run.path}, with curves.png; the student: import timm, gld_zoo; "
             f"timm.create_model('local-dir:{self.run.path}/last', pretrained=True)",
         ]
@@ -157,9 +181,36 @@ def _digest(values: list[Any]) -> str:
     return hashlib.sha256(repr(values).encode()).hexdigest()[:12]
 
 
+def build_loss(recipe: Recipe) -> GLDLoss:
+    """Return the loss that a recipe's weights make, its relation over all processes' batches."""
+    return GLDLoss(
+        recipe.alpha,
+        recipe.relation_weight,
+        local_weight=recipe.local_weight,
+        global_batch=True,
+        temperature=recipe.temperature,
+        standardise=recipe.standardise,
+        disagreement=recipe.disagreement,
+        ce_weight=recipe.ce_weight,
+        global_weight=recipe.global_weight,
+    )
+
+
+def smooth(target: torch.Tensor, classes: int, share: float) -> torch.Tensor:
+    """Return probabilities `[B, K]` of classes `[B]` or probabilities, a share of them spread."""
+    if target.ndim == 1:
+        target = F.one_hot(target, classes).float()
+    return target * (1 - share) + share / classes
+
+
 @torch.no_grad()
 def accuracy(logits: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return a batch's `train_top1` and `train_top5` in % of logits `[B, K]`."""
+    """Return a batch's `train_top1` and `train_top5` in % of logits `[B, K]`.
+
+    Of a mixed label `[B, K]` the likeliest class counts.
+    """
+    if target.ndim == 2:
+        target = target.argmax(1)
     hits = logits.topk(min(5, logits.shape[1])).indices == target[:, None]
     share = 100 / len(target)
     return dict(train_top1=hits[:, 0].sum() * share, train_top5=hits.sum() * share)

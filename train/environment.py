@@ -24,6 +24,7 @@ def describe_environment(accelerator: Accelerator) -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             versions[name] = "not installed"
     device = accelerator.device
+    gpu = _describe_gpus() if device.type == "cuda" else {}
     return dict(
         command=[Path(sys.argv[0]).name, *sys.argv[1:]],
         commit=_commit(),
@@ -34,13 +35,33 @@ def describe_environment(accelerator: Accelerator) -> dict[str, Any]:
         processes=accelerator.num_processes,
         threads=torch.get_num_threads(),
         mixed_precision=accelerator.mixed_precision,
+        **gpu,
+    )
+
+
+def _describe_gpus() -> dict[str, Any]:
+    """Return the versions that a GPU's results depend on, and how many there are."""
+    try:
+        driver = subprocess.check_output(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+            text=True,
+            stderr=subprocess.DEVNULL,
+        ).split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        driver = None
+    return dict(
+        gpus=torch.cuda.device_count(),
+        cuda=torch.version.cuda,
+        cudnn=torch.backends.cudnn.version(),
+        driver=driver,
     )
 
 
 def changed_environment(first: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     """Return what decides the bits of a result and is not as it was: its name, was, is."""
-    names = ("processes", "mixed_precision", "device", "threads", "python", "commit")
-    pairs = [(name, first.get(name), now[name]) for name in names]
+    names = ["processes", "mixed_precision", "device", "threads", "python", "commit"]
+    names += ["cuda", "cudnn", "driver"]
+    pairs = [(name, first.get(name), now.get(name)) for name in names]
     earlier = first.get("versions", {})
     pairs += [(name, earlier.get(name), version) for name, version in now["versions"].items()]
     return [(name, was, value) for name, was, value in pairs if was != value]

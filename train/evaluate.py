@@ -49,7 +49,7 @@ def evaluate(
         grid: Cells along each side of the feature map; 0 leaves the local rows out.
         image_size: Side in pixels; None takes the model's.
         batch_size: Images a forward pass.
-        workers: Processes that read images; 0 decodes them once into memory.
+        workers: Processes that read images; 0 decodes them once into memory where they fit.
         device: Where to run.
 
     Raises:
@@ -131,7 +131,7 @@ def measuring_batches(
         batch_size=batch_size,
         share=Share(),
         workers=workers,
-        in_memory=not workers,
+        in_memory=False if workers else None,
     )
 
 
@@ -223,7 +223,10 @@ def cli(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--batch_size", type=PositiveInt, default=250, help="images a forward pass")
     parser.add_argument(
-        "--workers", type=NonNegativeInt, default=0, help="processes that read; 0: in memory"
+        "--workers",
+        type=NonNegativeInt,
+        default=0,
+        help="processes that read images; 0: none, and in memory where they fit",
     )
     parser.add_argument("--json", type=str | None, help="file to write the result to")
     options = parser.parse_args(arguments)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from batches import Normalize, Share, derive_seed, epoch_generator
+from batches import Normalize, Share, derive_seed, epoch_generator, mirrored_first
 from interruption import SIGNALS
 from rows import DataError
 
@@ -28,12 +28,16 @@ class KeyedExamples(Dataset):
         rows: A split: `table`, and `example(row, item)`, which returns what the transform takes.
         transform: Maps an example to a sample.
         seed: The recipe's seed.
+        alternate: Mirror the image, a sample's first part, every other epoch.
     """
 
-    def __init__(self, rows: Any, transform: Callable[..., Sample], seed: int) -> None:
+    def __init__(
+        self, rows: Any, transform: Callable[..., Sample], seed: int, *, alternate: bool = False
+    ) -> None:
         self.rows = rows
         self.transform = transform
         self.seed = seed
+        self.alternate = alternate
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -53,7 +57,10 @@ class KeyedExamples(Dataset):
         except DataError as error:
             return error
         try:
-            return transform_under(self.transform, example, derive_seed(self.seed, epoch, row))
+            sample = transform_under(self.transform, example, derive_seed(self.seed, epoch, row))
+            if self.alternate and mirrored_first(self.seed, row) ^ bool(epoch % 2):
+                return sample[0].flip(-1), *sample[1:]
+            return sample
         except (RuntimeError, ValueError) as error:  # as of an image of 3x2000, made 0 pixels high
             return DataError(
                 f"{self.rows.place(row)} cannot be brought to size ({error}); remove or replace it"
@@ -170,10 +177,18 @@ class _Order:
 def transform_under(
     transform: Callable[..., Sample], example: tuple[Any, ...], seed: int
 ) -> Sample:
-    """Transform an example under a seed, leaving the global generator as it was."""
-    with torch.random.fork_rng([]):  # torchvision draws from the global generator
-        torch.manual_seed(seed)
+    """Transform an example under a seed, leaving the global generator as it was.
+
+    torchvision draws from the CPU's global generator. `torch.manual_seed` would seed those of all
+    devices too, and where CUDA has not begun, format a stack trace for each image.
+    """
+    generator = torch.default_generator
+    state = generator.get_state()
+    try:
+        generator.manual_seed(seed)
         return transform(*example)
+    finally:
+        generator.set_state(state)
 
 
 def stack(samples: list[Sample]) -> tuple[torch.Tensor, torch.Tensor]:

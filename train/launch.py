@@ -15,7 +15,7 @@ from typing import Any
 import datasets
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, DynamoBackend, InitProcessGroupKwargs
 
 from curves import measured_split
 from disk import DiskError
@@ -44,6 +44,12 @@ def launch(
         run(kind, command.recipe, command.run, resume=command.resume)
     except DiskError as error:
         sys.exit(f"error: {error}; mend the disk and go on with --resume, or name another --run")
+    except torch.OutOfMemoryError as error:
+        sys.exit(
+            f"error: the GPU's memory is full ({str(error).splitlines()[0]}); use a smaller "
+            "batch_size or eval_batch_size, grad_checkpointing: true, --mixed_precision bf16, or "
+            "in_memory: false, and go on with --resume where the recipe is the same"
+        )
     except (DataError, ModelError, NonFiniteLossError, RunError) as error:
         sys.exit(f"error: {error}")
 
@@ -87,15 +93,11 @@ def train(trainer: Trainer, interruption: Interruption, *, resume: bool) -> None
     trainer.run.start(accelerator)
     if trainer.recipe.trackers:
         accelerator.init_trackers("gld_zoo", config=flat_options(trainer.recipe))
-    for line in trainer.introduction():
-        say(line)
     if resume:
         trainer.restore()
-    origin = describe_origin(trainer)
-    if trainer.data.val:
-        origin += ", on the images held out"
-    before = trainer.measure(trainer.result, trainer.data.val or trainer.data.test)[trainer.score]
-    say(f"{trainer.describe_model()}, {origin}: {trainer.score_title} {before:.2f} %")
+    for line in trainer.introduction():
+        say(line)
+    say(trainer.measure_start())
     try:
         trainer.fit(lambda line: say(describe(line, trainer)), interruption)
     except Stopped as stopped:
@@ -107,7 +109,7 @@ def train(trainer: Trainer, interruption: Interruption, *, resume: bool) -> None
         f"best {trainer.score_title} of an epoch, as a note: {best:.2f} % at "
         f"{summary['best_epoch']} ({summary['best_epoch_split']})"
     )
-    for line in trainer.conclusion(summary, before, origin):
+    for line in trainer.conclusion(summary):
         say(line)
 
 
@@ -134,6 +136,14 @@ def check_accelerator(accelerator: Accelerator) -> None:
         raise RunError(
             f"distributed type {accelerator.distributed_type.value} is not supported; use plain "
             "data parallelism (accelerate config)"
+        )
+    if accelerator.mixed_precision == "fp8":
+        raise RunError("mixed precision fp8 is not supported; set bf16, fp16 or no")
+    backend = accelerator.state.dynamo_plugin.backend
+    if backend != DynamoBackend.NO:
+        raise RunError(
+            f"Accelerate is set to compile by {backend.value}; unset it (accelerate config) and "
+            "use --compile true, which compiles what can be and repeats its results"
         )
     if accelerator.device.type == "cpu" and accelerator.mixed_precision == "fp16":
         raise RunError(  # Accelerate would train in float32, and say fp16
@@ -180,22 +190,17 @@ def flat_options(recipe: Options) -> dict[str, Any]:
     }
 
 
-def describe_origin(trainer: Trainer) -> str:
-    """Tell what weights the model starts from."""
-    epoch, step = trainer.position
-    if epoch or step:
-        return f"after {epoch} epochs" + (f" and {step} steps" if step else "")
-    return trainer.describe_origin()
-
-
 def describe(line: dict[str, Any], trainer: Trainer) -> str:
     """Return an epoch's metrics as one line for people."""
     terms = " ".join(
         f"{name.removeprefix('loss_')} {line[name]:.3f}" for name in line if name.startswith("loss")
     )
-    epochs, score, split = trainer.recipe.epochs, trainer.score, measured_split(line)
+    epochs, score = trainer.recipe.epochs, trainer.score
+    split = measured_split(trainer.run.history)
     minutes = line["seconds"] * (epochs - line["epoch"]) / 60
-    shown = f"{trainer.score_title} {split} {line[f'{split}_{score}']:.2f}"
+    shown = f"{trainer.score_title}"
+    if f"{split}_{score}" in line:
+        shown += f" {split} {line[f'{split}_{score}']:.2f}"
     if (raw := line.get(f"{split}_raw_{score}")) is not None:
         shown += f" (without averaging {raw:.2f})"
     if f"train_{score}" in line:

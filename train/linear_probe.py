@@ -60,7 +60,7 @@ def linear_probe(
         image_size: Side in pixels; None takes the model's.
         mirror: Train on the mirror image of each image too.
         batch_size: Images a forward pass.
-        workers: Processes that read images; 0 decodes them once into memory.
+        workers: Processes that read images; 0 decodes them once into memory where they fit.
         seed: Of the images held out.
         device: Where to run.
 
@@ -190,7 +190,10 @@ def cli(arguments: list[str] | None = None) -> None:
     parser.add_argument("--mirror", type=bool, default=True, help="train on mirror images too")
     parser.add_argument("--batch_size", type=PositiveInt, default=250, help="images a forward pass")
     parser.add_argument(
-        "--workers", type=NonNegativeInt, default=0, help="processes that read; 0: in memory"
+        "--workers",
+        type=NonNegativeInt,
+        default=0,
+        help="processes that read images; 0: none, and in memory where they fit",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the images held out")
     parser.add_argument("--json", type=str | None, help="file to write the result to")

@@ -15,7 +15,7 @@ from timm.data import resolve_model_data_config
 
 from gld_zoo import GlobalLocal
 from gld_zoo.folding import fold_batch_norm
-from gld_zoo.heads import classifiers
+from gld_zoo.heads import Grid, classifiers
 from gld_zoo.hub import create_model
 
 
@@ -24,7 +24,12 @@ class ModelError(ValueError):
 
 
 def create_student(
-    name: str, label_names: Sequence[str], device: torch.device, *, finetune: str | None = None
+    name: str,
+    label_names: Sequence[str],
+    device: torch.device,
+    *,
+    finetune: str | None = None,
+    options: dict[str, Any] | None = None,
 ) -> nn.Module:
     """Build a student, in channels-last layout.
 
@@ -34,15 +39,19 @@ def create_student(
         device: Where it trains.
         finetune: None draws random weights; 'all' and 'classifier' start from pretrained ones, the
             latter with all but the classifier frozen.
+        options: What else timm is to build it with.
 
     Raises:
-        ModelError: If timm does not know the name, or weights are asked for and there are none.
+        ModelError: If timm does not know the name or an option, or weights are asked for and there
+            are none.
     """
-    classes = len(label_names)
+    classes, options = len(label_names), options or {}
+    if taken := {"num_classes", "pretrained", "in_chans"} & set(options):
+        raise ModelError(f"student_args: {', '.join(sorted(taken))} is the trainer's; leave it out")
     if finetune is None:
-        return _create("student", name, device, num_classes=classes)
+        return _create("student", name, device, num_classes=classes, **options)
     # with its own classes first: for others timm overlooks weights that are missing
-    student: Any = _create("student", name, device, pretrained=True)
+    student: Any = _create("student", name, device, pretrained=True, **options)
     its_names = _names_of(student, label_names)
     if student.num_classes != classes or its_names not in (None, list(label_names)):
         student.reset_classifier(classes)
@@ -52,6 +61,20 @@ def create_student(
         for part in classifiers(student):
             part.requires_grad_(True)
     return student
+
+
+def enable_grad_checkpointing(model: Any, name: str) -> None:
+    """Let a model forget its inner maps until its backward pass.
+
+    Raises:
+        ModelError: If it cannot.
+    """
+    try:
+        model.set_grad_checkpointing(True)
+    except (AssertionError, AttributeError) as error:
+        raise ModelError(
+            f"student {name!r} has no grad_checkpointing; choose a smaller batch_size instead"
+        ) from error
 
 
 def set_training_mode(student: nn.Module, finetune: str | None) -> None:
@@ -127,6 +150,8 @@ def refusals(name: str, size: int) -> Iterator[None]:
     try:
         with torch.no_grad():
             yield
+    except torch.OutOfMemoryError:  # which is no fault of the size
+        raise
     except (ValueError, RuntimeError, AssertionError) as error:
         raise ModelError(
             f"{name} cannot take {size}x{size} images: {error}; choose another, or another "
@@ -149,7 +174,7 @@ def _create(role: str, name: str, device: torch.device, **kwargs: Any) -> Any:
         )
     try:
         model = create_model(name, **kwargs)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:  # the former of an argument that it does not take
         raise ModelError(f"{role}={name!r} cannot be created: {error}") from error
     if model.in_chans != 3:
         raise ModelError(f"{role}={name!r} takes {model.in_chans} channels; the trainer gives RGB")
@@ -215,13 +240,13 @@ class Teacher(nn.Module):
 
     Args:
         model: The teacher, in eval mode.
-        grid: Cells along each side of its feature map; None for a model that is to `classify`
-            alone, which then need not have local logits.
+        grid: Cells along each side of its feature map, or several such numbers; None for a model
+            that is to `classify` alone, which then need not have local logits.
         mean, std: With which the images were normalised.
     """
 
     def __init__(
-        self, model: nn.Module, grid: int | None, mean: tuple[float, ...], std: tuple[float, ...]
+        self, model: nn.Module, grid: Grid | None, mean: tuple[float, ...], std: tuple[float, ...]
     ) -> None:
         super().__init__()
         self.model = fold_batch_norm(model).to(memory_format=torch.channels_last)
@@ -239,6 +264,34 @@ class Teacher(nn.Module):
     def train(self, mode: bool = True) -> Teacher:
         """Stay in eval mode."""
         return super().train(False)
+
+    @torch.no_grad()
+    def keep_in(self, dtype: torch.dtype | None) -> None:
+        """Keep the weights that autocast would cast at each step in its type, to the same bits.
+
+        They are those of convolutions and linear layers before the head, which is in float32. From
+        here on the teacher runs under autocast alone.
+
+        Args:
+            dtype: Autocast's; None changes nothing.
+        """
+        if dtype is None:
+            return
+        model: Any = self.model
+        width = model.num_features
+        in_head: set[nn.Module] = set()
+
+        def note(module: nn.Module, *_: Any) -> None:
+            in_head.add(module)
+
+        hooks = [module.register_forward_pre_hook(note) for module in model.modules()]
+        parameter = next(model.parameters())
+        model.forward_head(parameter.new_zeros(1, width, 1, 1))
+        for hook in hooks:
+            hook.remove()
+        for module in model.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)) and module not in in_head:
+                module.to(dtype)
 
     @torch.no_grad()
     def classify(self, images: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+from timm.models import model_parameters
 from timm.optim import create_optimizer_v2, get_optimizer_class, get_optimizer_info, list_optimizers
+from timm.utils import dispatch_clip_grad
 
 from models import ModelError
 from options import Options
@@ -58,19 +60,34 @@ def _create(recipe: Options, model: nn.Module, *, fused: bool) -> torch.optim.Op
     if "nesterov" not in takes:
         _refuse_given(recipe, "nesterov")
     options: dict[str, Any] = dict(nesterov=True) if recipe.nesterov else {}
+    if recipe.betas is not None:
+        if not info.has_betas or len(recipe.betas) != info.num_betas:
+            count = info.num_betas if info.has_betas else "none"
+            raise ModelError(f"betas={recipe.betas}: opt={recipe.opt!r} has {count}; set as many")
+        options["betas"] = tuple(recipe.betas)
     if "fused" in takes:
         options["fused"] = fused
     plain = "momentum" if name == "sgd" and not recipe.nesterov else name
-    # timm leaves norms out of the decay only of a whole model
+    # timm makes groups only of a whole model
     weights = [weight for weight in model.parameters() if weight.requires_grad]
+    grouped = recipe.layer_decay is not None or not recipe.decay_norm
     return create_optimizer_v2(
-        weights if recipe.decay_norm else model,
+        model if grouped else weights,
         recipe.opt.lower().removesuffix(name) + plain,
         lr=recipe.lr,
         weight_decay=recipe.weight_decay,
         momentum=recipe.momentum,
+        filter_bias_and_bn=not recipe.decay_norm,
+        layer_decay=recipe.layer_decay,
         **options,
     )
+
+
+def clip_gradients(recipe: Options, model: nn.Module) -> None:
+    """Clip a model's gradients as the recipe says; nothing here waits for a device."""
+    agc = recipe.clip_mode == "agc"  # which leaves the classifier alone
+    weights = list(model_parameters(model, exclude_head=agc))
+    dispatch_clip_grad(weights, recipe.clip_grad, mode=recipe.clip_mode)
 
 
 def _refuse_given(recipe: Options, option: str) -> None:

@@ -41,8 +41,8 @@ def option(default: Any, text: str, *, decides: bool = True) -> Any:
     metadata = {"help": text, "decides": decides}
     if default is dataclasses.MISSING:
         return dataclasses.field(metadata=metadata)
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    if isinstance(default, (list, dict)):
+        return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -62,8 +62,11 @@ class Options(ABC):
         warmup_epochs=(0, math.inf),
         momentum=(0, 1),
         weight_decay=(0, math.inf),
+        layer_decay=(0, 1),
+        clip_grad=(0, math.inf),
         ema=(0, 1),
         seed=(0, math.inf),
+        measure_every=(1, math.inf),
         eval_batch_size=(1, math.inf),
         keep_checkpoints=(1, math.inf),
         threads=(1, math.inf),
@@ -89,9 +92,21 @@ class Options(ABC):
     opt: str = option("sgd", "any optimiser of timm.optim; sgd is plain unless nesterov is set")
     momentum: float = option(0.9, "momentum of SGD and its like, 0 to 1")
     nesterov: bool = option(False, "Nesterov's momentum")
+    betas: list[float] | None = option(
+        None, "averaging of Adam's like, such as '[0.9, 0.999]'; null takes the optimiser's own"
+    )
     weight_decay: float = option(5e-4, "L2 penalty on every parameter")
     decay_norm: bool = option(
         True, "decay norms, biases and what the model excepts too; false leaves them out"
+    )
+    layer_decay: float | None = option(
+        None, "factor of the learning rate from each layer to the one before it; null for none"
+    )
+    clip_grad: float | None = option(
+        None, "largest norm of the gradient; null does not clip (clip_mode)"
+    )
+    clip_mode: Literal["norm", "agc"] = option(
+        "norm", "clip the norm of all, or by agc each unit's as a share of its weights' norm"
     )
     ema: float | None = option(
         None,
@@ -109,6 +124,9 @@ class Options(ABC):
         None,
         "CPU threads of each process; null shares this machine's cores among its processes",
         decides=False,
+    )
+    measure_every: int = option(
+        1, "epochs from one measurement to the next; the last epoch is always measured"
     )
     eval_batch_size: int = option(
         500, "images a step of evaluation, over all processes together", decides=False
@@ -144,6 +162,10 @@ class Options(ABC):
             raise ValueError(
                 f"lr_drops={self.lr_drops} must be fractions of the epochs, between 0 and 1"
             )
+        if self.betas and not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas={self.betas} must be at least 0 and below 1")
+        if self.clip_grad is None:
+            self.refuse("has no effect without clip_grad", "clip_mode")
         if self.schedule != "steps":
             self.refuse("is for schedule: steps alone", "lr_drops", "lr_decay")
         if self.schedule != "poly":

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
+from gld_zoo.heads import count_cells
 from options import Options, option
+
+PAPER_BETA, PAPER_ROWS = 500.0, 320  # of a batch of 64 images and grid 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,13 +28,20 @@ class Recipe(Options):
         image_size=(1, math.inf),
         crop_padding=(0, math.inf),
         crop_pct=(0.01, 1),
+        cutout=(0, math.inf),
+        erasing=(0, 1),
+        mixup=(0, math.inf),
+        cutmix=(0, math.inf),
         workers=(0, math.inf),
         shuffle_buffer=(1, math.inf),
         train_images=(1, math.inf),
-        grid=(1, math.inf),
         alpha=(0, 1),
-        beta=(0, math.inf),
         local_weight=(0, math.inf),
+        ce_weight=(0, math.inf),
+        global_weight=(0, math.inf),
+        temperature=(1e-6, math.inf),
+        disagreement=(0, math.inf),
+        label_smoothing=(0, 1),
         **Options.RANGES,
     )
 
@@ -47,6 +57,14 @@ class Recipe(Options):
         None,
         "start from the student's pretrained weights, with a new classifier if the classes differ, "
         "and train all of it or the classifier alone; null starts from random weights",
+    )
+    student_args: dict[str, Any] = option(
+        {}, "what else timm is to build the student with, such as '{drop_path_rate: 0.1}'"
+    )
+    grad_checkpointing: bool = option(
+        False,
+        "forget the student's inner maps and compute them again in the backward pass: less memory, "
+        "more time, and batch norm's statistics move twice a step",
     )
     compile: bool = option(
         False, "compile the models with torch.compile: slower start, faster steps on most GPUs"
@@ -90,7 +108,25 @@ class Recipe(Options):
     crop_pct: float = option(
         1.0, "share of the resized image's side that the centre crop keeps when measuring, 0 to 1"
     )
-    flip: bool = option(True, "mirror half of the training images")
+    flip: bool | Literal["alternate"] = option(
+        True, "mirror half of the training images; alternate mirrors each every other epoch"
+    )
+    augment: Literal["none", "trivial", "rand"] = option(
+        "none", "torchvision's TrivialAugmentWide or RandAugment, an image at a time"
+    )
+    cutout: int = option(
+        0, "side in pixels of a square in a random place that takes the mean colour; 0 for none"
+    )
+    erasing: float = option(
+        0.0, "share of the images of which torchvision's RandomErasing takes a rectangle, 0 to 1"
+    )
+    mixup: float = option(
+        0.0,
+        "a of Beta(a, a), of which the shares of two mixed images are drawn; 0 for none",
+    )
+    cutmix: float = option(
+        0.0, "likewise for a rectangle of one image in another; with mixup, one of the two a step"
+    )
 
     in_memory: bool | None = option(
         None,
@@ -109,16 +145,42 @@ class Recipe(Options):
         None, "images of an epoch of a stream; null takes the number in the dataset's card"
     )
 
-    grid: int = option(2, "cells along each side of the feature map, the paper's d")
+    grid: int | list[int] = option(
+        2, "cells along each side of the feature map, the paper's d, or several such as '[2, 4]'"
+    )
     alpha: float = option(0.7, "share of the global distillation against cross-entropy, 0 to 1")
-    beta: float = option(
-        500.0, "weight of the relation, as it is: scale it by batch_size (1 + grid²) / 320"
+    beta: float | Literal["auto"] = option(
+        "auto",
+        "weight of the relation; auto is the paper's 500, times batch_size (1 + cells) / 320",
     )
     local_weight: float = option(1.0, "weight of the local distillation")
+    ce_weight: float | None = option(None, "weight of cross-entropy; null takes 1 - alpha")
+    global_weight: float | None = option(
+        None, "weight of the global distillation; null takes alpha"
+    )
+    temperature: float = option(1.0, "divides the logits that are distilled")
+    standardise: bool = option(
+        True, "divide the logits that are distilled by their standard deviation too"
+    )
+    disagreement: float = option(
+        1.0, "weight of a cell where one of the teacher's global and local answers alone is right"
+    )
+    label_smoothing: float = option(
+        0.0, "share of each label that is spread over all classes in cross-entropy, 0 to 1"
+    )
 
     def __post_init__(self) -> None:
         """Refuse values outside their range, naming them."""
         super().__post_init__()
+        if self.beta == "auto":
+            object.__setattr__(self, "beta", self.scaled_beta)
+        if not 0 <= self.relation_weight < math.inf:
+            raise ValueError(f"beta={self.beta} must be auto, or finite and not negative")
+        if self.disagreement != 1 and (self.label_smoothing or self.mixes):
+            raise ValueError(
+                "disagreement asks which answers are right, and mixup, cutmix and label_smoothing "
+                "leave that open; leave it at 1 with them"
+            )
         if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise ValueError(
                 f"crop_scale={self.crop_scale} must be two parts of the area, the smaller first, "
@@ -133,10 +195,29 @@ class Recipe(Options):
             self.refuse("is for crop: resized alone", "crop_scale")
         else:
             self.refuse("is for crop: padded alone", "crop_padding")
+        if self.streaming and self.flip == "alternate":
+            raise ValueError(
+                "flip=alternate needs the images' numbers, which a stream has not; set flip: true"
+            )
         if self.streaming and (self.val_fraction or self.test_fraction or self.in_memory):
             raise ValueError(
                 "streaming cannot be combined with val_fraction, test_fraction or in_memory"
             )
+
+    @property
+    def scaled_beta(self) -> float:
+        """The paper's weight of the relation, scaled to the rows of logits in a batch."""
+        return PAPER_BETA * self.batch_size * (1 + count_cells(self.grid)) / PAPER_ROWS
+
+    @property
+    def relation_weight(self) -> float:
+        """The number that beta is or, if it was left to be found, has become."""
+        return float(self.beta)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed with each other."""
+        return bool(self.mixup or self.cutmix)
 
     @property
     def subject(self) -> str:

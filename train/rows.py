@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -99,10 +100,16 @@ class Rows(ImageRows):
     def labels(self) -> torch.Tensor:
         """Return the class indices int64 `[rows]`, none of them out of range.
 
+        They are read once.
+
         Raises:
             DataError: If one is; it names the first such row.
         """
-        column = self.table[self.label_column]
+        return self._labels
+
+    @cached_property
+    def _labels(self) -> torch.Tensor:
+        column = self.table[self.label_column][:]  # row by row it takes ten times as long
         found = column if self.words is None else map(self.words.get, column)
         labels = torch.tensor([-1 if label is None else label for label in found])
         wrong = ((labels < 0) | (labels >= self.classes)).nonzero().flatten()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from environment import changed_environment, describe_environment
 from options import Options
 
 LOCK = ".lock"
+REDRAW_SECONDS = 60.0  # a picture takes the better part of one
 
 
 class RunError(RuntimeError):
@@ -43,6 +46,7 @@ class RunFolder:
         self.resume = resume
         self.history: list[dict[str, Any]] = []
         self._lock: Any = None
+        self._drawn = -math.inf
         self._check()
 
     def _check(self) -> None:
@@ -120,10 +124,14 @@ class RunFolder:
                     shutil.rmtree(aside, ignore_errors=True)
                     path.rename(aside)
 
-    def write_metrics(self, score: str, title: str) -> None:
-        """Write the history's lines and redraw the curves, of the score too."""
+    def write_metrics(self, score: str, title: str, *, last: bool = False) -> None:
+        """Write the history's lines; draw the curves if they are a minute old, or if it is all."""
         lines = "".join(json.dumps(line) + "\n" for line in self.history)
         write_text(self.path / "metrics.jsonl", lines)
+        now = time.monotonic()
+        if not last and now - self._drawn < REDRAW_SECONDS:
+            return
+        self._drawn = now
         with replacing(self.path / "curves.png") as temporary:
             draw_curves(self.history, temporary, score, title)
 
@@ -144,8 +152,9 @@ def summarize(
     history: list[dict[str, Any]], measured: dict[str, float], score: str
 ) -> dict[str, Any]:
     """Return the last epoch's scores on the test split, and the best epoch's as a footnote."""
-    split = measured_split(history[-1])
-    best = max(history, key=lambda line: line[f"{split}_{score}"])
+    split = measured_split(history)
+    measured_lines = [line for line in history if f"{split}_{score}" in line]
+    best = max(measured_lines, key=lambda line: line[f"{split}_{score}"])
     summary: dict[str, Any] = dict(epochs=history[-1]["epoch"])
     summary.update(
         ("test_loss" if name == "loss" else name, value) for name, value in measured.items()

@@ -164,10 +164,10 @@ class Segmenter(TransferTrainer):
         """Return the segmenter's name."""
         return f"DeepLabV3+ on {self.recipe.backbone}"
 
-    def conclusion(self, summary: dict[str, Any], before: float, origin: str) -> list[str]:
+    def conclusion(self, summary: dict[str, Any]) -> list[str]:
         """Return what the run came to, and how to use the segmenter."""
         return [
-            f"mIoU {before:.2f} % before ({origin}), {summary['miou']:.2f} % after; pixel accuracy "
+            f"mIoU {self.told_before()}, {summary['miou']:.2f} % after; pixel accuracy "
             f"{summary['accuracy']:.2f} %",
             self.how_to_use(),
         ]

@@ -218,7 +218,7 @@ def _label_names(name: str, table: Table, features: dict[str, Any], column: str)
             f"label_column={column!r} of {name} is of type {feature.dtype}, whose classes a stream "
             "does not tell; use streaming: false or a column of type ClassLabel"
         )
-    used = {label for label in table[column] if label is not None}
+    used = {label for label in table[column][:] if label is not None}
     if is_integer(feature):
         return [str(i) for i in range(max(used, default=-1) + 1)]
     return sorted(used)

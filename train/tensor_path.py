@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torchvision.transforms import v2
 
-from batches import Batch, Normalize, Share, epoch_generator
+from batches import Batch, Normalize, Share, cut_out, epoch_generator, mirrored_first
 from rows import DataError, Rows
 
 CHUNK = 1024  # encoded images in memory while decoding
@@ -18,7 +18,7 @@ CHUNK = 1024  # encoded images in memory while decoding
 
 @dataclass(frozen=True)
 class Split:
-    """Decoded images uint8 `[N, S, S, 3]` and their class indices int64 `[N]`."""
+    """Decoded images uint8 `[N, S, S, 3]`, perhaps with a border, and their classes int64 `[N]`."""
 
     images: torch.Tensor
     labels: torch.Tensor
@@ -28,22 +28,25 @@ class Split:
         return Split(self.images.to(device), self.labels.to(device))
 
 
-def decode(rows: Rows, transform: v2.Transform, size: int) -> Split:
-    """Decode a split whole.
+def decode(rows: Rows, transform: v2.Transform, size: int, padding: int = 0) -> Split:
+    """Decode a split whole, each image with a black border of `padding` pixels.
 
     Args:
         rows: The split.
         transform: Maps an image to uint8 `[3, size, size]`.
         size: Side in pixels.
+        padding: Width of the border in pixels.
 
     Raises:
         DataError: If an image cannot be read or a label is outside the classes.
     """
     labels = rows.labels()
-    images = torch.empty((len(rows), size, size, 3), dtype=torch.uint8)
+    side = size + 2 * padding
+    images = torch.zeros((len(rows), side, side, 3), dtype=torch.uint8)
+    inner = images[:, padding : padding + size, padding : padding + size]
 
     def put(row: int, item: dict[str, Any]) -> None:
-        images[row] = transform(rows.read(item, rows.place(row))).permute(1, 2, 0)
+        inner[row] = transform(rows.read(item, rows.place(row))).permute(1, 2, 0)
 
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(rows), CHUNK):  # else all encoded images would wait in memory
@@ -56,16 +59,17 @@ def decode(rows: Rows, transform: v2.Transform, size: int) -> Split:
 class TensorBatches:
     """Augmented, normalised batches of a decoded split.
 
-    The epoch's order is a permutation drawn from (seed, epoch); crop and flip of image i are the
-    i-th draw from (seed, epoch). Process r takes rows r::W of each global batch; the last,
+    The epoch's order is a permutation drawn from (seed, epoch); crop, flip and cutout of image i
+    are the i-th draw from (seed, epoch). Process r takes rows r::W of each global batch; the last,
     incomplete one is dropped.
 
     Args:
-        split: Decoded images.
+        split: Decoded images, with a border for the random crop.
         normalize: From pixels to floats, on the device that trains, where the images are kept.
         batch_size: Images a step over all processes.
-        crop_padding: Black border in pixels for the random crop.
-        flip: Mirror half of the images.
+        crop_padding: Width of that border in pixels.
+        flip: Mirror half of the images, or 'alternate' for each image every other epoch.
+        cutout: Side in pixels of a square in the mean colour; 0 for none.
         seed: The recipe's seed.
         share: This process's part.
 
@@ -80,9 +84,10 @@ class TensorBatches:
         *,
         batch_size: int,
         crop_padding: int,
-        flip: bool,
+        flip: bool | str,
         seed: int,
         share: Share,
+        cutout: int = 0,
     ) -> None:
         self.count = len(split.labels)
         if self.count < batch_size:
@@ -90,15 +95,17 @@ class TensorBatches:
                 f"the training split has {self.count} images, fewer than batch_size={batch_size}"
             )
         self.labels = split.labels.to(normalize.device)
-        self.size = split.images.shape[1]
-        padded = torch.nn.functional.pad(split.images, (0, 0, *[crop_padding] * 4))
-        self.images = padded.to(normalize.device)
+        self.size = split.images.shape[1] - 2 * crop_padding
+        self.images = split.images.to(normalize.device)
         self.normalize = normalize
         self.batch_size = batch_size
         self.crop_padding = crop_padding
         self.flip = flip
+        self.cutout = cutout
         self.seed = seed
         self.share = share
+        if flip == "alternate":
+            self.first = torch.tensor([mirrored_first(seed, row) for row in range(self.count)])
 
     def __len__(self) -> int:
         """Return the steps of an epoch."""
@@ -113,10 +120,19 @@ class TensorBatches:
         tops, lefts = torch.randint(2 * self.crop_padding + 1, shape, generator=generator).to(
             device
         )
-        flips = (torch.rand(self.count, generator=generator) < 0.5).to(device) & self.flip
+        flips = torch.rand(self.count, generator=generator) < 0.5
+        if self.flip == "alternate":
+            flips = self.first ^ bool(epoch % 2)
+        flips = flips.to(device) & bool(self.flip)
+        holes = torch.randint(self.size, shape, generator=generator).to(device)
+        hole_rows, hole_columns = holes
         batches = order[: len(self) * self.batch_size].split(self.batch_size)
         for rows in map(self.share.of, batches[start:]):
-            yield self.normalize(self.crop(rows, tops, lefts, flips)), self.labels[rows]
+            pixels = self.crop(rows, tops, lefts, flips)
+            if self.cutout:
+                fill = self.normalize.mean_pixel
+                pixels = cut_out(pixels, hole_rows[rows], hole_columns[rows], self.cutout, fill)
+            yield self.normalize(pixels), self.labels[rows]
 
     def crop(
         self, rows: torch.Tensor, tops: torch.Tensor, lefts: torch.Tensor, flips: torch.Tensor

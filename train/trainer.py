@@ -23,7 +23,7 @@ from checkpoints import (
     save_checkpoint,
 )
 from interruption import CHECK_EVERY, Interruption, Stopped
-from optimizers import build_optimizer, load_optimizer_state, optimizer_state
+from optimizers import build_optimizer, clip_gradients, load_optimizer_state, optimizer_state
 from options import Options
 from rows import DataError
 from run_folder import RunError, RunFolder, summarize
@@ -65,6 +65,7 @@ class Trainer(ABC):
         # batch by itself
         self.network, self.optimizer = accelerator.prepare(network, optimizer)
         self.position = (0, 0)  # epochs done, steps done of the next one
+        self.before: dict[str, Any] = {}  # the score before training, and of which weights
         self.totals = Totals(accelerator.device)
 
     @abstractmethod
@@ -123,7 +124,7 @@ class Trainer(ABC):
         """Return which weights it starts from, where it does not go on with a run's own."""
 
     @abstractmethod
-    def conclusion(self, summary: dict[str, Any], before: float, origin: str) -> list[str]:
+    def conclusion(self, summary: dict[str, Any]) -> list[str]:
         """Return what to tell of a finished run."""
 
     def restore(self) -> None:
@@ -146,6 +147,7 @@ class Trainer(ABC):
             if self.accelerator.scaler is not None and state["scaler"]:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
             self.totals.load(state["totals"])
+            self.recall(state.get("remembered", {}))
             self.position = (state["epoch"], state["step"])
             self._check_agreement()
             self.run.history = list(state["history"])
@@ -160,6 +162,31 @@ class Trainer(ABC):
                 "delete the run folder to start anew"
             )
         self.accelerator.print(f"{self.run.path} holds no checkpoint yet; starting anew")
+
+    def remembered(self) -> dict[str, Any]:
+        """Return what a run that goes on need not measure again."""
+        return dict(before=self.before)
+
+    def recall(self, remembered: dict[str, Any]) -> None:
+        """Take over what `remembered` returned; earlier versions kept nothing."""
+        self.before = remembered.get("before", {})
+
+    def measure_start(self) -> str:
+        """Return a line on the model as it is now, measured unless a checkpoint tells of it."""
+        epoch, step = self.position
+        done = f"after {epoch} epochs" + (f" and {step} steps" if step else "")
+        if self.before:
+            return f"{self.describe_model()}, {done}: going on"
+        origin = done if epoch or step else self.describe_origin()
+        if self.data.val:
+            origin += ", on the images held out"
+        score = self.measure(self.result, self.data.val or self.data.test)[self.score]
+        self.before = dict(score=score, origin=origin)
+        return f"{self.describe_model()}, {origin}: {self.score_title} {score:.2f} %"
+
+    def told_before(self) -> str:
+        """Return what the model scored before training, in words."""
+        return f"{self.before['score']:.2f} % before ({self.before['origin']})"
 
     def made_of(self) -> dict[str, Any]:
         """Return what a run must find unchanged when it goes on, as its options do not tell it."""
@@ -210,6 +237,7 @@ class Trainer(ABC):
                     scaler=scaler.state_dict() if scaler else None,
                     history=self.run.history,
                     made_of=self.made_of(),
+                    remembered=self.remembered(),
                 ),
                 keep=self.recipe.keep_checkpoints,
             )
@@ -246,11 +274,13 @@ class Trainer(ABC):
                 raise Stopped(f"stopped by {interruption.cause} after epoch {epoch + 1}")
 
     def close_epoch(self, epoch: int) -> dict[str, Any]:
-        """Measure after an epoch, counted from 0; write its metrics and checkpoint."""
+        """Measure after an epoch, counted from 0, if due; write its metrics and checkpoint."""
         recipe, split = self.recipe, "val" if self.data.val else "test"
         began = time.perf_counter()
-        measured = self.score_of(self.data.val or self.data.test)
-        if not math.isfinite(measured["loss"]):
+        last = epoch + 1 == recipe.epochs
+        due = last or (epoch + 1) % recipe.measure_every == 0
+        measured = self.score_of(self.data.val or self.data.test) if due else {}
+        if not math.isfinite(measured.get("loss", 0.0)):
             raise NonFiniteLossError(
                 f"the {split} loss is {measured['loss']} after epoch {epoch + 1}; try a smaller lr"
             )
@@ -263,15 +293,17 @@ class Trainer(ABC):
             images_per_second=round(self.totals.per_second() * recipe.batch_size, 1),
             seconds=round(self.totals.seconds + time.perf_counter() - began, 2),
         )
-        best = max((past[f"{split}_{self.score}"] for past in self.run.history), default=-1.0)
+        name = f"{split}_{self.score}"
+        best = max((past[name] for past in self.run.history if name in past), default=-1.0)
+        better = due and measured[self.score] > best
         self.run.history.append(line)
         self.position = (epoch + 1, 0)
         self.totals = Totals(self.accelerator.device)
-        if self.accelerator.is_main_process and self.data.val and measured[self.score] > best:
+        if self.accelerator.is_main_process and self.data.val and better:
             self.export("best")
         self.save(epoch + 1, 0)
         if self.accelerator.is_main_process:
-            self.run.write_metrics(self.score, self.score_title)
+            self.run.write_metrics(self.score, self.score_title, last=last)
         self.accelerator.log(line, step=epoch + 1)
         return line
 
@@ -324,6 +356,9 @@ class Trainer(ABC):
         """
         terms, others = self.forward(*batch)
         self.accelerator.backward(terms["loss"])
+        if self.recipe.clip_grad is not None:
+            self.accelerator.unscale_gradients(self.optimizer)
+            clip_gradients(self.recipe, self.model)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return terms, others
@@ -365,7 +400,15 @@ class Trainer(ABC):
 
     def finish(self) -> dict[str, Any]:
         """Write the model, and the summary that marks the run as finished."""
-        measured = self.score_of(self.data.test)
+        if self.data.val:
+            measured = self.score_of(self.data.test)
+        else:  # which the last epoch has just done
+            scores = self.run.history[-1].items()
+            measured = {
+                name.removeprefix("test_"): value
+                for name, value in scores
+                if name.startswith("test_")
+            }
         if self.accelerator.is_main_process:
             self.export("last")
         summary = summarize(self.run.history, measured, self.score)
