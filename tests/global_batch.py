@@ -2,8 +2,8 @@
 
     torchrun --nproc_per_node 2 tests/global_batch.py DATASET TEACHER OUT MODE...
 
-A mode is `eval` (batch norm in eval mode), `sync` (synchronised), `float32` (as `sync`, but in
-float32), or `local` (as `eval`, but with the relation of each process's own batch: another result,
+A mode is `eval` (batch norm in eval mode), `sync` (synchronised), `mixed` (as `sync`, with mixed
+images and labels), `float32` (as `sync`, but in float32), or `local` (as `eval`, but with the relation of each process's own batch: another result,
 on purpose).
 """
 
@@ -37,7 +37,8 @@ def train(accelerator, dataset, teacher, out, mode):
         batch_size=16,
         image_size=16,  # float64 convolutions are slow
         lr=0.01,
-        sync_batch_norm=mode in ("sync", "float32"),
+        sync_batch_norm=mode in ("sync", "mixed", "float32"),
+        **(dict(mixup=0.8, cutmix=1.0, label_smoothing=0.1) if mode == "mixed" else {}),
     )
     trainer = Distiller(recipe, RunFolder(Path(out), recipe, resume=False), accelerator)
     trainer.criterion.global_batch = mode != "local"

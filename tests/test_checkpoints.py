@@ -7,15 +7,9 @@ import torch
 from torch import nn
 
 import checkpoints
-from checkpoints import (
-    CheckpointError,
-    list_checkpoints,
-    load_checkpoint,
-    load_optimizer_tensors,
-    optimizer_tensors,
-    save_checkpoint,
-)
+from checkpoints import CheckpointError, list_checkpoints, load_checkpoint, save_checkpoint
 from disk import DiskError
+from optimizers import load_optimizer_state, optimizer_state
 
 
 def save(folder, epoch, keep=2):
@@ -142,12 +136,13 @@ def test_optimizer_goes_on_exactly(tmp_path):
 
     model, optimizer = build()
     steps(model, optimizer, 3)
-    tensors = dict(model=model.state_dict(), optimizer=optimizer_tensors(optimizer))
+    tensors = dict(model=model.state_dict(), optimizer=optimizer_state(optimizer, model)[0])
     save_checkpoint(tmp_path, "epoch-00001", tensors, {}, keep=1)
     steps(model, optimizer, 2)
     other, other_optimizer = build()
     loaded, _ = load_checkpoint(tmp_path / "epoch-00001")
     other.load_state_dict(loaded["model"])
-    load_optimizer_tensors(other_optimizer, loaded["optimizer"])
+    plain = optimizer_state(optimizer, model)[1]
+    load_optimizer_state(other_optimizer, other, loaded["optimizer"], plain)
     steps(other, other_optimizer, 2)
     assert torch.equal(model.weight, other.weight)

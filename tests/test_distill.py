@@ -285,7 +285,7 @@ def test_compiled_run_trains(tiny_dataset, tmp_path, distill):
         (["--crop_scale", "[0.5, 1]"], "crop_scale=[0.5, 1.0] is for crop: resized"),
         (["--crop", "resized", "--crop_padding", "8"], "crop_padding=8 is for crop: padded"),
         (["--shuffle_buffer", "8"], "shuffle_buffer=8 is for streaming"),
-        (["--lr_power", "0.9", "--lr_decay", "0.2"], "lr_decay=0.2 is for lr_power: null"),
+        (["--schedule", "rex", "--lr_decay", "0.2"], "lr_decay=0.2 is for schedule: steps"),
     ],
 )
 def test_errors_name_the_value_and_leave_no_folder(

@@ -138,7 +138,8 @@ def test_synchronised_batch_norm_is_that_of_all_images(results):
 def trained(tmp_path_factory, tiny_dataset, teacher_run):
     """Losses and gradients of 20 steps, by mode and number of processes."""
     folder = tmp_path_factory.mktemp("global")
-    modes = {1: ["eval", "sync", "float32"], 2: ["eval", "sync", "float32", "local"]}
+    shared = ["eval", "sync", "mixed", "float32"]
+    modes = {1: shared, 2: [*shared, "local"]}
     results = {}
     for processes, names in modes.items():
         # `accelerate launch` starts one process on a CPU whatever it is told
@@ -164,7 +165,7 @@ def deviation(first, second):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["eval", "sync"])
+@pytest.mark.parametrize("mode", ["eval", "sync", "mixed"])
 def test_two_processes_take_the_steps_of_one(trained, mode):
     # float64 sums in another order over 20 steps: measured 1e-13 to 1e-11
     assert deviation(trained[mode, 1], trained[mode, 2]) < 1e-7

@@ -338,9 +338,7 @@ def test_masks_of_0_and_255_are_told_of(tmp_path, capsys):
 def trainer_of_one(**more):
     """What `measure` needs of a trainer in one process."""
     machine = SimpleNamespace(num_processes=1, device=torch.device("cpu"))
-    return SimpleNamespace(
-        model=nn.Identity(), share_buffers=lambda: None, accelerator=machine, **more
-    )
+    return SimpleNamespace(share_buffers=lambda model: None, accelerator=machine, **more)
 
 
 def test_each_precision_has_its_own_name(monkeypatch):
@@ -351,7 +349,7 @@ def test_each_precision_has_its_own_name(monkeypatch):
     guess = dict(boxes=torch.tensor([[0.0, 0.0, 100.0, 62.0], corners[1]]), labels=labels)
     guess.update(scores=torch.tensor([0.8, 0.9]))
     monkeypatch.setattr(detector, "losses_and_detections", lambda *_: (torch.ones(1), [guess]))
-    found = detector.Detector.measure(trainer_of_one(), [([None], [truth])])
+    found = detector.Detector.measure(trainer_of_one(), nn.Identity(), [([None], [truth])])
     assert found == pytest.approx(dict(loss=1.0, ap=30.0, ap50=100.0, voc07=100.0))
 
 
@@ -385,7 +383,9 @@ def test_pixels_are_counted_at_the_masks_size():
     logits = torch.stack([0 * ramp, ramp])[None, :, None]
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 0]])  # the last one is wrong
     options = dict(recipe=SimpleNamespace(num_classes=2), _warn_of_few_classes=lambda count: None)
-    found = segmenter.Segmenter.measure(trainer_of_one(**options), [([logits], [mask])])
+    found = segmenter.Segmenter.measure(
+        trainer_of_one(**options), nn.Identity(), [([logits], [mask])]
+    )
     assert found["accuracy"] == pytest.approx(100 * 7 / 8)
     assert found["miou"] == pytest.approx(100 * (2 / 3 + 5 / 6) / 2)
 

@@ -231,7 +231,7 @@ def test_compiled_steps_are_whole_graphs_with_the_losses_of_eager_ones(
     "options", [dict(), dict(clip_grad=1.0), dict(opt="adamw", lr=0.001)], ids=str
 )
 def test_fp16_skips_what_overflows_and_trains_on(build, options):
-    options.update(precision="fp16", handlers=[GradScalerKwargs(init_scale=HUGE)])
+    options = dict(options, precision="fp16", handlers=[GradScalerKwargs(init_scale=HUGE)])
     trainer = build(**options)
     scaler, fc = trainer.accelerator.scaler, trainer.student.fc.weight
     before = fc.detach().clone()

@@ -48,6 +48,41 @@ def test_a_time_limit_after_any_step_changes_no_bit(student_run, tmp_path, disti
     assert_same_result(run, student_run)
 
 
+AVERAGED = ["--ema", 0.9, "--schedule", "cosine"]
+MIXED = ["--mixup", 0.8, "--cutmix", 1.0, "--augment", "rand", "--workers", 0, *AVERAGED]
+BUDGETS = dict(
+    adamw=["--opt", "adamw", "--lr", 0.001, "--decay_norm", "false", *AVERAGED],
+    lamb=["--opt", "lamb", "--lr", 0.01, "--layer_decay", 0.8],
+    muon=["--opt", "muon", "--nesterov", "true", "--schedule", "rex"],
+    mixed=[*MIXED, "--label_smoothing", 0.1, "--erasing", 0.25],
+    clipped=["--clip_grad", 0.5, "--schedule", "linear", "--warmup_epochs", 0.5],
+    alternate=["--flip", "alternate", "--cutout", 8, "--clip_grad", 0.1, "--clip_mode", "agc"],
+    measured=["--measure_every", 2, "--epochs", 3],
+)
+
+
+@pytest.mark.parametrize("options", BUDGETS.values(), ids=list(BUDGETS))
+def test_whatever_is_trained_with_goes_on_to_the_same_bits_from_any_step(
+    student_run, tmp_path, distill, options
+):
+    options = ["--config", student_run / "recipe.yaml", *options]
+    distill(*options, "--run", tmp_path / "whole")
+    run, resume = tmp_path / "run", []
+    for _ in range(30):
+        output = distill(*options, "--run", run, "--max_minutes", 0, *resume)
+        if (run / "summary.json").exists():
+            break
+        assert "stopped by max_minutes" in output
+        resume = ["--resume"]
+    assert_same_result(run, tmp_path / "whole")
+    summaries = [
+        json.loads((each / "summary.json").read_text()) for each in (run, tmp_path / "whole")
+    ]
+    for summary in summaries:
+        del summary["seconds"]
+    assert summaries[0] == summaries[1]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_writes_a_checkpoint_and_ends_the_run_in_peace(
     student_run, tmp_path, distill, number, interruptible

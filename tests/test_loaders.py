@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import BUNDLED, FEATURES, write_dataset
 from datasets import Features, Image, Value, load_dataset
 from PIL import Image as PILImage
@@ -30,9 +31,14 @@ CPU = torch.device("cpu")
 NORMALIZE = Normalize(MEAN, STD, CPU)
 
 
+def bordered(split, padding):
+    return Split(F.pad(split.images, (0, 0, *[padding] * 4)), split.labels)
+
+
 def batches_of(split, **options):
     defaults = dict(batch_size=8, crop_padding=4, flip=True, seed=3, share=Share())
-    return TensorBatches(split, NORMALIZE, **{**defaults, **options})
+    options = {**defaults, **options}
+    return TensorBatches(bordered(split, options["crop_padding"]), NORMALIZE, **options)
 
 
 def decoded(source, size):
@@ -62,6 +68,14 @@ def test_bundled_images_are_real_balanced_and_small():
         mean, torch.tensor([0.5071, 0.4865, 0.4409]), atol=0.01, rtol=0
     )  # of all 50,000
     assert sum(path.stat().st_size for path in BUNDLED.rglob("*") if path.is_file()) < 6_000_000
+
+
+def test_images_are_decoded_into_their_border(tiny_dataset):
+    rows, transform = ImageSource(str(tiny_dataset)).test, Transforms(32).fit()
+    assert torch.equal(
+        decode(rows, transform, 32, padding=3).images,
+        bordered(decode(rows, transform, 32), 3).images,
+    )
 
 
 def test_pixels_are_those_of_the_files(tiny_dataset):
@@ -280,7 +294,13 @@ def test_every_offset_is_drawn_and_half_are_mirrored():
     split = Split(place.expand(count, size, size, 3).clone(), torch.zeros(count, dtype=torch.int64))
     plain = Normalize((0, 0, 0), (1 / 255,) * 3, CPU)
     batches = TensorBatches(
-        split, plain, batch_size=count, crop_padding=padding, flip=True, seed=0, share=Share()
+        bordered(split, padding),
+        plain,
+        batch_size=count,
+        crop_padding=padding,
+        flip=True,
+        seed=0,
+        share=Share(),
     )
     ((images, _),) = batches.epoch(0)
     centre = images[:, 0, 2, 2].round().long() - 1  # always of the image, and tells its offset

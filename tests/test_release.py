@@ -85,8 +85,14 @@ def test_a_run_tells_all_its_launches_and_its_hours(student_run, tmp_path):
     [
         (dict(lr_drops=[]), "SGD, batch 64, lr 0.1"),
         (dict(lr_drops=[0.3], lr_decay=0.2), "SGD, batch 64, lr 0.1 x0.2 at 30%"),
-        (dict(lr_power=0.9), "SGD, batch 64, lr 0.1 times (1 - share of the epochs)^0.9"),
+        (dict(schedule="poly"), "SGD, batch 64, lr 0.1 times (1 - share of the epochs)^0.9"),
         (dict(lr_drops=[], warmup_epochs=2), "SGD, batch 64, lr 0.1 after a warm-up of 2 epochs"),
+        (
+            dict(nesterov=True, schedule="rex", ema=0.999),
+            "Nesterov SGD, batch 64, lr 0.1 to 0 (rex) with an average of the weights (0.999 a "
+            "step)",
+        ),
+        (dict(opt="adamw", lr=1e-3, schedule="cosine"), "adamw, batch 64, lr 0.001 to 0 (cosine)"),
     ],
 )
 def test_schedules_are_told_in_words(student_run, options, words):

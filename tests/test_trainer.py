@@ -146,7 +146,7 @@ def test_a_model_of_several_branches_is_trained_on_labels_alone():
 
 
 def test_every_step_has_its_seed_and_rate(tiny_dataset, tmp_path):
-    trainer, seen = build(tiny_dataset, tmp_path, epochs=2, lr=0.8, lr_power=1.0), []
+    trainer, seen = build(tiny_dataset, tmp_path, epochs=2, lr=0.8, schedule="linear"), []
 
     def step(*batch):
         seen.append((torch.rand(1).item(), trainer.optimizer.param_groups[0]["lr"]))
@@ -161,7 +161,7 @@ def test_every_step_has_its_seed_and_rate(tiny_dataset, tmp_path):
 
 
 def test_an_epoch_whose_steps_were_done_keeps_its_last_rate(tiny_dataset, tmp_path):
-    trainer = build(tiny_dataset, tmp_path, epochs=2, lr=0.8, lr_power=1.0)
+    trainer = build(tiny_dataset, tmp_path, epochs=2, lr=0.8, schedule="linear")
     trainer.position = (0, 4)
     trainer.train_one_epoch(0, NEVER)
     assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(0.8 * (1 - 3 / 8))
@@ -171,7 +171,7 @@ def test_held_out_images_select_and_the_test_split_is_measured_last(tiny_dataset
     trainer = build(tiny_dataset, tmp_path, val_fraction=0.25)
     measured, exported, scores = [], [], iter([10.0, 30.0, 30.0, 20.0, 5.0])
 
-    def measure(batches):
+    def measure(model, batches):
         measured.append(batches)
         return dict(loss=1.0, top1=next(scores), top5=50.0)
 

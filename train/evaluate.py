@@ -10,23 +10,27 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import NonNegativeInt, PositiveInt
+from matplotlib.figure import Figure
 from timm.data import resolve_model_data_config
 from torch.utils.flop_counter import FlopCounterMode
 
 from batches import EvalBatches, Share
-from disk import DiskError, write_text
+from disk import DiskError, replacing, write_text
 from gld_zoo import global_local_logits
 from loaders import eval_batches
 from models import ModelError, Teacher, create_frozen, measuring_device, refusals
 from rows import DataError, Rows
 from scores import predict
 from sources import ImageSource, open_source
+
+WORST = 10  # classes that the table shows
 
 
 def evaluate(
@@ -38,6 +42,8 @@ def evaluate(
     image_size: int | None = None,
     batch_size: int = 250,
     workers: int = 0,
+    mirror: bool = False,
+    picture: Path | None = None,
     device: torch.device,
 ) -> dict[str, Any]:
     """Measure a model on a dataset's test split.
@@ -50,10 +56,13 @@ def evaluate(
         image_size: Side in pixels; None takes the model's.
         batch_size: Images a forward pass.
         workers: Processes that read images; 0 decodes them once into memory where they fit.
+        mirror: Average the model's logits over each image and its mirror image.
+        picture: PNG to draw the confusion of classes to.
         device: Where to run.
 
     Raises:
         DataError: If the dataset does not fit.
+        DiskError: If the picture cannot be written.
         ModelError: If a model does not.
     """
     labels = source.label_names
@@ -70,7 +79,7 @@ def evaluate(
     batches = measuring_batches(
         source.test, config, size, device, batch_size=batch_size, workers=workers
     )
-    scores = predict(model, batches, 0 if missing else grid)
+    scores = predict(model, batches, 0 if missing else grid, mirror=mirror)
     result: dict[str, Any] = dict(
         model=name,
         dataset=source.name,
@@ -82,7 +91,12 @@ def evaluate(
         parameters=sum(weight.numel() for weight in model.parameters()),
         macs=count_macs(model, size, device),
         images_per_second=len(scores.target) / scores.seconds,
+        mirror=mirror,
+        class_top1=dict(zip(labels, scores.top1_by_class(), strict=True)),
     )
+    if picture:
+        with replacing(picture) as temporary:
+            draw_confusion(scores.confusion(), labels, temporary)
     if grid:
         rows = range(1, scores.logits.shape[1])
         result.update(local_top1=missing or [scores.top(1, row) for row in rows])
@@ -184,7 +198,11 @@ def table(result: dict[str, Any]) -> str:
     units = dict.fromkeys(percent, "%") | dict(image_size="px", images_per_second="")
     lines = []
     for name, value in result.items():
-        if isinstance(value, list):
+        if isinstance(value, dict):
+            name, text = f"worst {WORST} classes", worst_classes(value)
+        elif isinstance(value, bool):
+            text = "yes" if value else "no"
+        elif isinstance(value, list):
             text = "  ".join(f"{item:.2f}" for item in value) + " %"
         elif isinstance(value, float):
             text = f"{value:.2f} {units[name]}" if name in units else f"{value:g}"
@@ -192,6 +210,34 @@ def table(result: dict[str, Any]) -> str:
             text = f"{value:,} {units.get(name, '')}" if isinstance(value, int) else value
         lines.append(f"{name.replace('_', ' '):<18} {text.strip()}")
     return "\n".join(lines)
+
+
+def worst_classes(top1: dict[str, float | None]) -> str:
+    """Return the classes of the lowest top-1, in words; those without images are left out."""
+    measured = [(value, name) for name, value in top1.items() if value is not None]
+    return ", ".join(f"{name} {value:.1f} %" for value, name in sorted(measured)[:WORST])
+
+
+def draw_confusion(matrix: torch.Tensor, names: Sequence[str], path: Path) -> None:
+    """Draw which class was taken for which, in % of each class's images.
+
+    Args:
+        matrix: Images `[K, K]` of each class by the class given.
+        names: Of the classes; more than 40 are numbered by the axes instead.
+        path: PNG to write.
+    """
+    share = 100 * matrix / matrix.sum(1, keepdim=True).clamp_min(1)
+    few = len(names) <= 40
+    side = 3 + 0.25 * len(names) if few else 9
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    axes = figure.subplots()
+    drawn = axes.imshow(share, cmap="viridis", vmin=0, vmax=100)
+    if few:
+        axes.set_xticks(range(len(names)), names, rotation=90)
+        axes.set_yticks(range(len(names)), names)
+    axes.set(xlabel="class given", ylabel="class", title="% of each class's images")
+    figure.colorbar(drawn, shrink=0.7)
+    figure.savefig(path, dpi=110, format="png")
 
 
 def add_source_options(parser: ArgumentParser) -> None:
@@ -228,6 +274,10 @@ def cli(arguments: list[str] | None = None) -> None:
         default=0,
         help="processes that read images; 0: none, and in memory where they fit",
     )
+    parser.add_argument(
+        "--mirror", type=bool, default=False, help="mean of the logits over an image and its mirror"
+    )
+    parser.add_argument("--picture", type=Path | None, help="PNG of which class is taken for which")
     parser.add_argument("--json", type=str | None, help="file to write the result to")
     options = parser.parse_args(arguments)
     try:
@@ -239,6 +289,8 @@ def cli(arguments: list[str] | None = None) -> None:
             image_size=options.image_size,
             batch_size=options.batch_size,
             workers=options.workers,
+            mirror=options.mirror,
+            picture=options.picture,
             device=measuring_device(),
         )
         print(table(result))

@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any, cast
 
+import psutil
 import torch
 import torch.nn.functional as F
 from jsonargparse import ArgumentParser
@@ -72,6 +73,7 @@ def linear_probe(
     config = resolve_model_data_config(model)
     size = square_size(config, image_size)
     check_takes(name, model, size, device)
+    check_features_fit(model, len(source.train), mirror)
 
     def extract(rows: Rows, *, mirrored: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         batches = measuring_batches(
@@ -97,6 +99,23 @@ def linear_probe(
         train_top1=score(classifier, features[:, :1], target),
         top1=score(classifier, *test),
     )
+
+
+def check_features_fit(model: Any, images: int, mirror: bool) -> None:
+    """Refuse features of more images than this machine has memory for.
+
+    Raises:
+        DataError: If they would not fit: as computed, standardised, and joined from two parts.
+    """
+    views = 2 if mirror else 1
+    needed = images * views * model.head_hidden_size * (4 + 4 + 8 + 8)
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise DataError(
+            f"the features of {images:,} images take {needed / 2**30:.0f} GiB, and "
+            f"{free / 2**30:.0f} GiB are free; use fewer images"
+            + (" or --mirror false" if mirror else "")
+        )
 
 
 @torch.no_grad()

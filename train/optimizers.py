@@ -112,16 +112,22 @@ def optimizer_state(
         for key, value in state.get(index, {}).items():
             if isinstance(value, torch.Tensor):
                 tensors[f"{name}.{key}"] = value
-            else:
+            elif _is_plain(value):
                 plain["state"].setdefault(name, {})[key] = value
     for number, group in enumerate(optimizer.param_groups):
         plain["groups"].append({})
         for key, value in group.items():
             if isinstance(value, torch.Tensor):
                 tensors[f"{GROUP}{number}.{key}"] = value
-            elif key != "params":
+            elif _is_plain(value):  # what is not is a constant, or the trial finds it missing
                 plain["groups"][number][key] = value
     return tensors, plain
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def load_optimizer_state(

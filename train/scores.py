@@ -27,6 +27,18 @@ class Scores:
         hits = logits.topk(min(k, logits.shape[1])).indices == self.target[:, None]
         return 100 * hits.any(1).double().mean().item()
 
+    def confusion(self) -> torch.Tensor:
+        """Return the images int64 `[K, K]` of each class (rows) by the class given (columns)."""
+        classes = self.logits.shape[-1]
+        pairs = self.target * classes + self.logits[:, 0].argmax(1)
+        return torch.bincount(pairs, minlength=classes**2).reshape(classes, classes)
+
+    def top1_by_class(self) -> list[float | None]:
+        """Return the top-1 of each class's images in %; None for a class without any."""
+        matrix = self.confusion()
+        pairs = zip(matrix.diagonal().tolist(), matrix.sum(1).tolist(), strict=True)
+        return [100 * right / count if count else None for right, count in pairs]
+
     def calibration_error(self) -> float:
         """Return the expected calibration error in %: of 15 bins of confidence, equal in width.
 
@@ -45,8 +57,16 @@ class Scores:
 
 
 @torch.no_grad()
-def predict(model: Any, batches: Any, grid: int) -> Scores:
-    """Run a model over a split; the clock counts its forward pass alone."""
+def predict(model: Any, batches: Any, grid: int, *, mirror: bool = False) -> Scores:
+    """Run a model over a split; the clock counts its forward pass alone.
+
+    Args:
+        model: Maps images to logits `[B, K]`, and for a grid is one of timm's.
+        batches: The split.
+        grid: Cells along each side of the feature map; 0 for the global row alone.
+        mirror: Average the global logits over each image and its mirror image; the local ones are
+            the image's own.
+    """
     logits: list[torch.Tensor] = []
     targets, seconds = [], 0.0
     for images, target in batches:
@@ -55,9 +75,13 @@ def predict(model: Any, batches: Any, grid: int) -> Scores:
         _wait(images.device)
         began = time.perf_counter()
         output = model(images)
+        if mirror:
+            output = (output + model(images.flip(3))) / 2
         _wait(images.device)
         seconds += time.perf_counter() - began
-        rows = global_local_logits(model, images, grid) if grid else output[:, None]
+        rows = output[:, None]
+        if grid:
+            rows = torch.cat([rows, global_local_logits(model, images, grid)[:, 1:]], dim=1)
         logits.append(rows.cpu())
         targets.append(target.cpu())
     return Scores(torch.cat(logits), torch.cat(targets), seconds)

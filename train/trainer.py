@@ -329,7 +329,7 @@ class Trainer(ABC):
             for step, batch in enumerate(bar, start=start + 1):
                 self.set_learning_rate(epoch + (step - 1) / len(self.data.train))
                 # dropout and stochastic depth are the step's, wherever the run was resumed
-                torch.manual_seed(derive_seed(recipe.seed, epoch, step, rank))
+                seed_step(derive_seed(recipe.seed, epoch, step, rank), self.accelerator.device)
                 self.totals.add(*self.step(*batch))
                 if self.average is not None:
                     done = epoch * len(self.data.train) + step
@@ -430,3 +430,16 @@ class Trainer(ABC):
     def more_summary(self) -> dict[str, Any]:
         """Return what else the summary holds."""
         return {}
+
+
+def seed_step(seed: int, device: torch.device) -> None:
+    """Seed what a step draws from: the CPU's generator and that of its device.
+
+    `torch.manual_seed` would seed those of all devices and, where CUDA has not begun, format a
+    stack trace at each step.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+    elif device.type != "cpu":
+        torch.manual_seed(seed)
