@@ -3,8 +3,8 @@
     torchrun --nproc_per_node 2 tests/global_batch.py DATASET TEACHER OUT MODE...
 
 A mode is `eval` (batch norm in eval mode), `sync` (synchronised), `mixed` (as `sync`, with mixed
-images and labels), `float32` (as `sync`, but in float32), or `local` (as `eval`, but with the relation of each process's own batch: another result,
-on purpose).
+images and labels), `float32` (as `sync`, but in float32), or `local` (as `eval`, but with the
+relation of each process's own batch: another result, on purpose).
 """
 
 import sys

@@ -9,7 +9,7 @@ from conftest import read_lines
 from PIL import Image as PILImage
 
 from batches import measuring_transform
-from evaluate import cli, evaluate, square_size, table
+from evaluate import cli, evaluate, measuring_batches, square_size, table, worst_classes
 from gld_zoo.hub import save_pretrained
 from models import ModelError
 from scores import Scores
@@ -182,7 +182,7 @@ def test_local_top1_is_of_the_cells(tiny_dataset, tmp_path, monkeypatch):
     save_pretrained(timm.create_model("gld_wrn16_1", num_classes=4), tmp_path)
     logits = torch.eye(4)[[0, 0, 0, 0, 1]].expand(3, 5, 4)
     scores = Scores(logits, torch.ones(3, dtype=torch.int64), 1.0)
-    monkeypatch.setattr("evaluate.predict", lambda *_: scores)
+    monkeypatch.setattr("evaluate.predict", lambda *_, **options: scores)
     source = ImageSource(str(tiny_dataset))
     found = evaluate(f"local-dir:{tmp_path}", source, device=torch.device("cpu"))
     assert (found["top1"], found["local_top1"]) == (0.0, [0.0, 0.0, 0.0, 100.0])
@@ -196,3 +196,43 @@ def test_a_teacher_scores_as_it_does_alone(teacher_run, tiny_dataset, tmp_path):
     alone = evaluate(teacher, source, **options)
     beside = evaluate(str(teacher_run), source, teacher=teacher, **options)
     assert beside["teacher_top1"] == alone["top1"] != beside["top1"]
+
+
+def test_classes_are_counted_and_those_without_images_left_out():
+    probabilities = [[0.8, 0.1, 0.1], [0.8, 0.1, 0.1], [0.1, 0.8, 0.1], [0.1, 0.1, 0.8]]
+    scores = scores_of(probabilities, [0, 1, 1, 1])
+    assert scores.confusion().tolist() == [[1, 0, 0], [1, 1, 1], [0, 0, 0]]
+    assert scores.top1_by_class() == [100.0, pytest.approx(100 / 3), None]
+    names = dict(zip(["ant", "bee", "cat"], scores.top1_by_class(), strict=True))
+    assert worst_classes(names) == "bee 33.3 %, ant 100.0 %"
+
+
+def test_classes_confusion_and_mirror_images_of_a_run(student_run, tiny_dataset, tmp_path, capsys):
+    arguments = ["--model", student_run, "--dataset", tiny_dataset, "--json", tmp_path / "out.json"]
+    arguments += ["--picture", tmp_path / "confusion.png", "--mirror", "true"]
+    cli([str(argument) for argument in arguments])
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert list(result["class_top1"]) == ["apple", "aquarium_fish", "baby", "bear"]
+    with PILImage.open(tmp_path / "confusion.png") as picture:
+        assert min(picture.size) > 300
+    model = timm.create_model(f"local-dir:{student_run}/last", pretrained=True).eval()
+    source = ImageSource(str(tiny_dataset))
+    config = timm.data.resolve_model_data_config(model)
+    ((images, target),) = measuring_batches(source.test, config, 32, torch.device("cpu"))
+    with torch.no_grad():
+        guess = (model(images) + model(images.flip(3))).argmax(1)
+    assert result["top1"] == pytest.approx(100 * (guess == target).double().mean().item())
+    printed = capsys.readouterr().out
+    assert "mirror             yes" in printed
+    assert "worst 10 classes" in printed
+
+
+def test_a_split_that_does_not_fit_in_memory_is_read_as_it_is_needed(
+    student_run, tiny_dataset, monkeypatch
+):
+    source, device = ImageSource(str(tiny_dataset)), torch.device("cpu")
+    whole = evaluate(str(student_run), source, device=device)
+    monkeypatch.setattr("loaders.MEMORY_LIMIT", 3 * 33 * 32**2 - 1)
+    monkeypatch.setattr("loaders.decode", None)
+    parts = evaluate(str(student_run), source, device=device)
+    assert parts["top1"] == whole["top1"]

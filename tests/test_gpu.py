@@ -201,20 +201,24 @@ def test_a_killed_run_goes_on_to_the_same_bits(longer_dataset, teacher_run, tmp_
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
-# Compiled kernels fuse and so add up in another order, which the first steps of training, at its
-# highest rate, enlarge; bf16 keeps 8 bits, and what is fused is not rounded in between.
+# Compiled kernels add up in another order, and training enlarges that: at a rate of 0.05 weights
+# off by 1e-6 give losses 4 % off within ten steps, eager as they are. At 1e-4 it is 2e-4, while the
+# steps move the loss by 40 %. bf16 keeps 8 bits, and what is fused is not rounded in between, which
+# came to 6e-3 on a CPU.
 @on_gpu
 @pytest.mark.slow
-@pytest.mark.parametrize(("precision", "tolerance"), [("no", 2e-3), ("bf16", 5e-2)])
+@pytest.mark.parametrize(("precision", "tolerance"), [("no", 1e-3), ("bf16", 3e-2)])
 @pytest.mark.parametrize("distilled", [True, False])
 def test_compiled_steps_are_whole_graphs_with_the_losses_of_eager_ones(
     build, precision, tolerance, distilled
 ):
     torch._dynamo.reset()
     counters.clear()
-    options, losses = {} if distilled else dict(teacher=None), []
+    options, losses = dict(precision=precision, lr=1e-4), []
+    if not distilled:
+        options.update(teacher=None)
     for compiled in (False, True):
-        trainer = build(str(compiled), precision=precision, compile=compiled, **options)
+        trainer = build(str(compiled), compile=compiled, **options)
         losses.append(watch(trainer, lambda terms: terms["loss"].detach().clone()))
         trainer.train_one_epoch(0, NEVER)
         assert bool(counters["frames"]["ok"]) == compiled
@@ -222,7 +226,6 @@ def test_compiled_steps_are_whole_graphs_with_the_losses_of_eager_ones(
     assert not counters["graph_break"]
     assert not counters["inductor"]["cudagraph_skips"]
     eager, found = (torch.stack(values[:10]) for values in losses)
-    torch.testing.assert_close(found[0], eager[0], rtol=tolerance / 10, atol=0)  # same weights
     torch.testing.assert_close(found, eager, rtol=tolerance, atol=0)
 
 

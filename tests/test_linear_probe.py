@@ -1,6 +1,7 @@
 """The linear probe: the optimum of its convex problem, and features that transfer."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 
 import linear_probe
 from linear_probe import cli, fit, pooled_features, score
+from rows import DataError
 from sources import ImageSource
 
 
@@ -96,3 +98,18 @@ def test_the_second_view_is_the_mirror_image():
     turned = torch.from_numpy(images.numpy()[..., ::-1].copy())
     alone, _ = pooled_features(model, [(turned, target)], mirrored=False)
     torch.testing.assert_close(views[:, 1:], alone)
+
+
+def test_features_that_do_not_fit_are_refused_before_they_are_computed(
+    student_run, tiny_dataset, monkeypatch
+):
+    monkeypatch.setattr(
+        linear_probe.psutil,
+        "virtual_memory",
+        lambda: SimpleNamespace(available=64 * 2 * 64 * 24 - 1),
+    )
+    monkeypatch.setattr(linear_probe, "pooled_features", None)
+    with pytest.raises(DataError, match=r"features of 64 images take .* or --mirror false"):
+        linear_probe.linear_probe(
+            str(student_run), ImageSource(str(tiny_dataset)), device=torch.device("cpu")
+        )

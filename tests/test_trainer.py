@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -10,17 +11,21 @@ import timm
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from conftest import write_dataset
+from accelerate.utils import DistributedType, DynamoBackend
+from conftest import read_lines, write_dataset
 from datasets import ClassLabel, Features, Image
+from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distiller import Distiller
+from distill import cli
+from distiller import Distiller, smooth
 from gld_zoo import GlobalLocal, global_local_logits, logit_kl, relation
 from gld_zoo.heads import classifiers
 from gld_zoo.hub import save_pretrained
-from models import GlobalOnly, Teacher, create_student, set_training_mode
+from launch import check_accelerator
+from models import GlobalOnly, ModelError, Teacher, create_student, set_training_mode
 from recipe import Recipe
-from run_folder import RunFolder
+from run_folder import RunError, RunFolder
 
 READS = {"_local_scalar_dense", "nonzero", "item", "is_nonzero", "equal", "masked_select"}
 NEVER = SimpleNamespace(due=lambda step, last: (False, False))  # an Interruption
@@ -216,3 +221,218 @@ def test_a_teacher_of_another_normalisation_sees_the_same_pixels():
     torch.testing.assert_close(teacher(given), expected, rtol=1e-3, atol=1e-3)  # float32, folded
     torch.testing.assert_close(teacher.classify(given), expected[:, 0], rtol=1e-3, atol=1e-3)
     assert not any(module.training for module in teacher.train().modules())
+
+
+def test_averaged_weights_are_measured_exported_and_told_beside_the_raw_ones(
+    tiny_dataset, tmp_path, distill
+):
+    options = ["--student", "gld_wrn16_1", "--dataset", tiny_dataset, "--batch_size", 16]
+    options += ["--epochs", 2, "--threads", 1, "--run"]
+    distill(*options, tmp_path / "plain")
+    printed = distill(*options, tmp_path / "averaged", "--ema", 0.9)
+    lines = read_lines(tmp_path / "averaged" / "metrics.jsonl")
+    plain = read_lines(tmp_path / "plain" / "metrics.jsonl")
+    # the average has no say in what is learnt
+    assert [line["loss"] for line in lines] == [line["loss"] for line in plain]
+    assert [line["test_raw_top1"] for line in lines] == [line["test_top1"] for line in plain]
+    assert f"(without averaging {plain[-1]['test_top1']:.2f})" in printed
+    summary = json.loads((tmp_path / "averaged" / "summary.json").read_text())
+    assert summary["top1"] == lines[-1]["test_top1"]
+    assert summary["raw_top1"] == plain[-1]["test_top1"]
+    raw, last = (
+        load_file(tmp_path / name / "last" / "model.safetensors") for name in ("plain", "averaged")
+    )
+    checkpoint = tmp_path / "averaged" / "checkpoints" / "epoch-00002"
+    kept, average = (load_file(checkpoint / f"{name}.safetensors") for name in ("model", "average"))
+    for name in raw:
+        assert torch.equal(kept[name], raw[name])
+        assert torch.equal(average[name], last[name])
+    assert not torch.equal(last["fc.weight"], raw["fc.weight"])
+
+
+def test_an_average_is_of_every_step_with_a_warm_up(tiny_dataset, tmp_path):
+    trainer = build(tiny_dataset, tmp_path, ema=0.5, epochs=2)
+    seen = []
+    step = trainer.step
+
+    def watched(*batch):
+        terms = step(*batch)
+        seen.append(trainer.student.fc.weight.detach().clone())
+        return terms
+
+    trainer.step = watched
+    for epoch in range(2):
+        trainer.train_one_epoch(epoch, NEVER)
+    expected = seen[0]  # the first step's weights, whatever came before
+    for number, weights in enumerate(seen[1:], 2):
+        decay = min(0.5, 1 - number ** (-2 / 3))
+        expected = decay * expected + (1 - decay) * weights
+    torch.testing.assert_close(trainer.result.fc.weight, expected)
+
+
+def test_nothing_is_measured_twice(tiny_dataset, teacher_run, tmp_path, monkeypatch):
+    """The teacher once, the test split once an epoch, and nothing anew when a run goes on."""
+    measured = []
+    evaluate = Distiller._evaluate
+
+    def counted(self, predict, batches):
+        measured.append("teacher" if predict == self.teacher.classify else "student")
+        return evaluate(self, predict, batches)
+
+    monkeypatch.setattr(Distiller, "_evaluate", counted)
+    options = ["--student", "gld_wrn16_1", "--dataset", tiny_dataset, "--batch_size", 16]
+    options += ["--teacher", f"local-dir:{teacher_run}/last", "--threads", 1]
+    options = [str(option) for option in [*options, "--epochs", 2, "--run", tmp_path / "run"]]
+    cli([*options, "--max_minutes", "0"])
+    assert measured == ["teacher", "student"]
+    cli([*options, "--resume", "--max_minutes", "null"])
+    assert measured == ["teacher", "student", "student", "student"]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    last = read_lines(tmp_path / "run" / "metrics.jsonl")[-1]
+    assert (summary["top1"], summary["top5"]) == (last["test_top1"], last["test_top5"])
+    assert summary["test_loss"] == last["test_loss"]
+    assert summary["teacher"]["top1"] > 0
+
+
+def test_epochs_between_measurements_have_no_score_and_the_last_one_has(
+    tiny_dataset, tmp_path, distill
+):
+    options = ["--student", "gld_wrn16_1", "--dataset", tiny_dataset, "--batch_size", 16]
+    options += ["--epochs", 5, "--measure_every", 2, "--threads", 1, "--run", tmp_path / "run"]
+    printed = distill(*options)
+    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert [line["epoch"] for line in lines if "test_top1" in line] == [2, 4, 5]
+    assert all("train_top1" in line for line in lines)
+    assert "epoch 1/5  top-1 train" in printed
+    assert "epoch 2/5  top-1 test" in printed
+
+
+def test_curves_are_drawn_at_most_once_a_minute_and_at_the_end(tiny_dataset, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        "run_folder.draw_curves",
+        lambda history, path, *_: (drawn.append(len(history)), path.touch()),
+    )
+    options = ["--student", "gld_wrn16_1", "--dataset", tiny_dataset, "--batch_size", 16]
+    options += ["--epochs", 4, "--threads", 1, "--run", tmp_path / "run"]
+    cli([str(option) for option in options])
+    assert drawn == [1, 4]
+
+
+def test_smoothed_labels_are_those_of_torch(tiny_dataset, teacher_run, tmp_path):
+    logits, target = torch.randn(16, 4), torch.randint(4, (16,))
+    expected = F.cross_entropy(logits, target, label_smoothing=0.2)
+    torch.testing.assert_close(F.cross_entropy(logits, smooth(target, 4, 0.2)), expected)
+    images = torch.randn(16, 3, 32, 32)
+    for teacher in (None, f"local-dir:{teacher_run}/last"):
+        trainer = build(
+            tiny_dataset,
+            tmp_path / str(bool(teacher)),
+            teacher=teacher,
+            label_smoothing=0.2,
+            alpha=0.5,
+        )
+        rows = logits if teacher is None else logits[:, None].expand(16, 5, 4)
+        trainer.network = lambda images, rows=rows: rows
+        terms, _ = trainer.forward(images, target)
+        torch.testing.assert_close(terms["loss_ce"], expected * (1 if teacher is None else 0.5))
+
+
+def test_a_teachers_weights_kept_in_bf16_give_the_same_bits(monkeypatch):
+    model = timm.create_model("gld_wrn16_2", pretrained=True).eval().requires_grad_(False)
+    cfg, images = model.pretrained_cfg, torch.randn(4, 3, 32, 32)
+    teacher = Teacher(model, 2, cfg["mean"], cfg["std"])
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = teacher(images)
+    with Operations() as operations, torch.autocast("cpu", torch.bfloat16):
+        teacher(images)
+    assert "_to_copy" in operations.names
+    teacher.keep_in(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(teacher(images), expected)
+    kinds = {weight.dtype for weight in teacher.model.get_classifier().parameters()}
+    assert kinds == {torch.float32}  # the head's logits are float32
+
+
+def test_the_students_own_options_reach_timm_and_its_folder(tiny_dataset, tmp_path):
+    trainer = build(tiny_dataset, tmp_path, student="resnet18", student_args=dict(stem_type="deep"))
+    assert isinstance(trainer.student.conv1, torch.nn.Sequential)
+    trainer.export("last")
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'run' / 'last'}", pretrained=True)
+    assert isinstance(loaded.conv1, torch.nn.Sequential)
+    for options, message in (
+        (dict(num_classes=7), "num_classes is the trainer's"),
+        (dict(stemtype="deep"), "unexpected keyword argument"),
+    ):
+        with pytest.raises(ModelError, match=message):
+            build(tiny_dataset, tmp_path / "other", student="resnet18", student_args=options)
+
+
+def test_checkpointed_gradients_are_the_same(tiny_dataset, tmp_path):
+    gradients = []
+    images, target = torch.randn(8, 3, 32, 32), torch.randint(4, (8,))
+    for checkpointing in (False, True):
+        trainer = build(
+            tiny_dataset, tmp_path / str(checkpointing), grad_checkpointing=checkpointing
+        )
+        assert trainer.student.grad_checkpointing == checkpointing
+        terms, _ = trainer.forward(images, target)
+        terms["loss"].backward()
+        gradients.append(trainer.student.fc.weight.grad)
+    torch.testing.assert_close(*gradients)
+    with pytest.raises(ModelError, match="has no grad_checkpointing"):
+        build(tiny_dataset, tmp_path / "x", student="vgg11", grad_checkpointing=True)
+
+
+def test_the_relations_weight_follows_the_batch_unless_it_is_stated(
+    tiny_dataset, teacher_run, tmp_path
+):
+    assert Recipe(student="x").beta == 500
+    assert Recipe(student="x", batch_size=128).beta == 1000
+    assert Recipe(student="x", batch_size=32, grid=[2, 4]).beta == 500 * 32 * 21 / 320
+    assert Recipe(student="x", batch_size=128, beta=500.0).beta == 500
+    teacher = f"local-dir:{teacher_run}/last"
+    lines = build(tiny_dataset, tmp_path / "a", teacher=teacher).introduction()
+    assert "beta 125: the paper's 500 scaled to the rows of a batch" in lines
+    lines = build(tiny_dataset, tmp_path / "b", teacher=teacher, beta=500.0).introduction()
+    assert not any("beta" in line for line in lines)
+    with pytest.raises(ValueError, match=r"beta=-1\.0 must be auto, or finite"):
+        Recipe(student="x", beta=-1.0)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_compiled_steps_are_compiled_whole_the_loss_too(tiny_dataset, teacher_run, tmp_path):
+    images, target = torch.randn(16, 3, 32, 32), torch.randint(4, (16,))
+    losses = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        options = dict(teacher=f"local-dir:{teacher_run}/last", compile=compiled)
+        trainer = build(tiny_dataset, tmp_path / str(compiled), **options)
+        with Operations() as operations:
+            terms, _ = trainer.step(images, target)
+        losses.append(terms["loss"])
+        counters = torch._dynamo.utils.counters
+        assert not counters["graph_break"]
+        # student, teacher and loss
+        assert counters["frames"]["ok"] == counters["frames"]["total"] == (3 if compiled else 0)
+        assert ("_log_softmax" in operations.names) == (not compiled)
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=0)  # fused sums are taken in another order
+
+
+def test_what_accelerate_cannot_be_set_to_is_refused(tiny_dataset, tmp_path):
+    accelerator = SimpleNamespace(
+        gradient_accumulation_steps=1,
+        distributed_type=DistributedType.NO,
+        mixed_precision="fp8",
+        device=torch.device("cuda"),
+        num_processes=1,
+        state=SimpleNamespace(dynamo_plugin=SimpleNamespace(backend=DynamoBackend.NO)),
+    )
+    with pytest.raises(RunError, match="fp8 is not supported"):
+        check_accelerator(accelerator)
+    accelerator.mixed_precision = "no"
+    check_accelerator(accelerator)
+    accelerator.state.dynamo_plugin.backend = DynamoBackend.INDUCTOR
+    with pytest.raises(RunError, match=r"compile by INDUCTOR.*--compile true"):
+        check_accelerator(accelerator)

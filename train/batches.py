@@ -144,7 +144,8 @@ class Transforms:
 
     def _cut_out(self, image: torch.Tensor) -> torch.Tensor:
         row, column = torch.randint(self.size, (2, 1))
-        pixels = cut_out(image.permute(1, 2, 0)[None], row, column, self.cutout, self.fill)
+        colour = torch.tensor(self.fill, dtype=torch.uint8)
+        pixels = cut_out(image.permute(1, 2, 0)[None], row, column, self.cutout, colour)
         return pixels[0].permute(2, 0, 1)
 
 
@@ -153,7 +154,7 @@ def cut_out(
     rows: torch.Tensor,
     columns: torch.Tensor,
     side: int,
-    fill: tuple[int, ...],
+    colour: torch.Tensor,
 ) -> torch.Tensor:
     """Give a square of each image one colour.
 
@@ -162,7 +163,7 @@ def cut_out(
         rows: Line of each square's centre `[B]`; what of it lies outside is lost.
         columns: Column of that centre `[B]`.
         side: Of the squares in pixels.
-        fill: The colour, 0 to 255.
+        colour: Of what is cut out, uint8 `[3]` on the images' device.
 
     Source: DeVries and Taylor, "Improved Regularization of CNNs with Cutout", 2017.
     """
@@ -173,7 +174,6 @@ def cut_out(
         for centre in (rows, columns)
     ]
     square = inside[0][:, :, None, None] & inside[1][:, None, :, None]
-    colour = torch.tensor(fill, dtype=images.dtype, device=images.device)
     return torch.where(square, colour, images)
 
 
@@ -219,7 +219,8 @@ class Normalize:
         self, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
     ) -> None:
         self.device = device
-        self.mean_pixel = tuple(round(255 * value) for value in mean)
+        self.mean_pixel = torch.tensor([round(255 * value) for value in mean], dtype=torch.uint8)
+        self.mean_pixel = self.mean_pixel.to(device)
         self.scale = 1 / (255 * torch.tensor(std, device=device))
         self.shift = -torch.tensor(mean, device=device) / torch.tensor(std, device=device)
 

@@ -17,6 +17,7 @@ from gld_zoo import GLDLoss
 from gld_zoo.hub import save_pretrained
 from loaders import load_data
 from models import ModelError, create_frozen, set_training_mode
+from on_record import labels_alone
 from recipe import PAPER_BETA, Recipe
 from sources import open_source
 from trainer import Trainer
@@ -125,7 +126,15 @@ class Distiller(Trainer):
 
     def conclusion(self, summary: dict[str, Any]) -> list[str]:
         """Return what the run came to, and how to load the student."""
-        lines = [] if self.teacher_top1 is None else [f"teacher {self.teacher_top1:.2f} %"]
+        lines = []
+        if self.teacher_top1 is not None:
+            lines.append(f"teacher {self.teacher_top1:.2f} %")
+            if (alone := labels_alone(self.recipe)) is not None:
+                gain = summary["top1"] - alone
+                lines.append(
+                    f"on the labels alone the same recipe gave {alone:.2f} % (on record; "
+                    f"--teacher null repeats it): distillation brought {gain:+.2f} points"
+                )
         return [
             *lines,
             f"student {self.told_before()}, {summary['top1']:.2f} % after",

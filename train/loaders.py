@@ -118,7 +118,7 @@ def train_batches(
         augment=recipe.augment,
         erasing=recipe.erasing,
         cutout=recipe.cutout,
-        fill=normalize.mean_pixel,
+        fill=tuple(normalize.mean_pixel.tolist()),
     )
     options: dict[str, Any] = dict(batch_size=recipe.batch_size, seed=recipe.seed, share=share)
     if in_memory:

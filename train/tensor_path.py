@@ -130,8 +130,8 @@ class TensorBatches:
         for rows in map(self.share.of, batches[start:]):
             pixels = self.crop(rows, tops, lefts, flips)
             if self.cutout:
-                fill = self.normalize.mean_pixel
-                pixels = cut_out(pixels, hole_rows[rows], hole_columns[rows], self.cutout, fill)
+                centres = hole_rows[rows], hole_columns[rows]
+                pixels = cut_out(pixels, *centres, self.cutout, self.normalize.mean_pixel)
             yield self.normalize(pixels), self.labels[rows]
 
     def crop(
