@@ -129,6 +129,7 @@ def floor_step(setup: str, batch: int, accelerator: Accelerator) -> Step:
     )
     model.eval().requires_grad_(False)
     teacher = Teacher(model, 2, student.default_cfg["mean"], student.default_cfg["std"])
+    teacher.keep_in(torch.bfloat16 if accelerator.mixed_precision == "bf16" else None)
     optimizer = torch.optim.SGD(
         student.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4, fused=True
     )
@@ -158,7 +159,9 @@ def build_trainer(options: argparse.Namespace, folder: Path, accelerator: Accele
         threads=options.threads,
         compile=options.compile,
     )
-    return Distiller(recipe, RunFolder(folder / "run", recipe, resume=False), accelerator)
+    trainer = Distiller(recipe, RunFolder(folder / "run", recipe, resume=False), accelerator)
+    trainer.introduction()  # after which the teacher only teaches
+    return trainer
 
 
 def epoch_ratio(trainer: Distiller) -> float:
