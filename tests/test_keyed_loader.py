@@ -13,7 +13,7 @@ from PIL import Image as PILImage
 from torchvision.transforms import v2
 
 from batches import Normalize, Share, Transforms, measuring_transform
-from keyed_loader import KeyedBatches, KeyedExamples, PixelsToDevice, stack
+from keyed_loader import KeyedBatches, KeyedExamples, PixelsToDevice, stack, transform_under
 from loaders import eval_batches
 from rows import DataError
 from sources import ImageSource
@@ -152,3 +152,23 @@ def test_an_image_folder_of_mixed_sizes_and_modes_is_read(tmp_path, rows):
             image.resize((40 + i, 60 - i)).convert(mode).save(folder / name)
     images, _ = collect(batches_of(ImageSource(str(tmp_path)), batch_size=6).epoch(0))
     assert images.shape == (1, 6, 3, 24, 24)
+
+
+def test_an_images_seed_gives_the_draws_of_torchs_own_and_leaves_the_generator():
+    def draw(image):
+        return image, torch.rand(3), torch.randperm(5)
+
+    torch.manual_seed(7)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(1234)
+        expected = draw("image")
+    after = torch.rand(2)
+    torch.manual_seed(7)
+    found = transform_under(draw, ("image",), 1234)
+    assert torch.equal(torch.rand(2), after)
+    for ours, theirs in zip(found[1:], expected[1:], strict=True):
+        assert torch.equal(ours, theirs)
+    with pytest.raises(ZeroDivisionError):
+        transform_under(lambda: 1 / 0, (), 5)
+    torch.manual_seed(7)
+    assert torch.equal(torch.rand(2), after)

@@ -84,9 +84,11 @@ class FinishedRun:
     def scores(self) -> dict[str, Any]:
         """Return what it scored, as results.json holds each seed."""
         summary = self.summary
+        raw = {"raw_top1": summary["raw_top1"]} if "raw_top1" in summary else {}
         return dict(
             seed=self.recipe.seed,
             top1=summary["top1"],
+            **raw,  # of the weights as they are, beside an average
             top5=summary["top5"],
             best_epoch=summary["best_epoch"],
             best_epoch_top1=summary["best_epoch_top1"],

@@ -12,6 +12,7 @@ import torch
 import torch.nn as nn
 from safetensors.torch import save
 from timm.data import resolve_model_data_config
+from timm.layers import Conv2dSame
 
 from gld_zoo import GlobalLocal
 from gld_zoo.folding import fold_batch_norm
@@ -290,7 +291,8 @@ class Teacher(nn.Module):
         for hook in hooks:
             hook.remove()
         for module in model.modules():
-            if isinstance(module, (nn.Conv2d, nn.Linear)) and module not in in_head:
+            # those alone that multiply by their weight as it is
+            if type(module) in (nn.Conv2d, Conv2dSame, nn.Linear) and module not in in_head:
                 module.to(dtype)
 
     @torch.no_grad()
