@@ -111,13 +111,16 @@ def grids_of(grid: Grid) -> tuple[int, ...]:
     """Return the numbers of cells along a side, one or several.
 
     Raises:
-        ValueError: If of several one is not above 1 or comes twice.
+        ValueError: If one is no whole number, or of several one is not above 1 or comes twice.
     """
-    if isinstance(grid, int):
+    if isinstance(grid, int) and not isinstance(grid, bool):
         return (grid,)
-    grids = tuple(grid)
-    if not grids or min(grids) < 2 or len(set(grids)) < len(grids):
-        raise ValueError(f"grid={grid} must be one number or different numbers above 1")
+    grids = tuple(grid) if isinstance(grid, Sequence) else ()
+    whole = all(isinstance(side, int) for side in grids)
+    if not grids or not whole or min(grids) < 2 or len(set(grids)) < len(grids):
+        raise ValueError(
+            f"grid={grid!r} must be a whole number, or different ones above 1 such as (2, 4)"
+        )
     return grids
 
 

@@ -93,7 +93,7 @@ class GLDLoss(nn.Module):
         global_batch: Take the relation over the batches of all processes together, while gradients
             are enabled and a process group is initialised. The other terms stay means over the
             local batch.
-        temperature: T of both distillation terms, above 0.
+        temperature: T of both distillation terms, from 0.001 to 1000.
         standardise: Divide each row of logits by its standard deviation in both of them.
         disagreement: Weight of a cell as above.
         ce_weight: Weight of cross-entropy; None takes `1 - alpha`.
@@ -130,8 +130,8 @@ class GLDLoss(nn.Module):
         for name in ("ce_weight", "global_weight", "beta", "local_weight", "disagreement"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be finite and not negative")
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"temperature={temperature} must be finite and above 0")
+        if not 1e-3 <= temperature <= 1e3:  # beyond, float32 overflows
+            raise ValueError(f"temperature={temperature} must lie between 0.001 and 1000")
         self.temperature = temperature
         self.standardise = standardise
         self.global_batch = global_batch
@@ -162,6 +162,7 @@ class GLDLoss(nn.Module):
             )
         dtype = working_dtype(student)
         student, teacher = student.to(dtype), teacher.detach().to(dtype)
+        target = target.to(dtype) if target.ndim == 2 else target
         zero = student.new_zeros(())
         with torch.autocast(student.device.type, enabled=False):
             each = logit_kl(

@@ -1,5 +1,7 @@
 """Local logits of any timm CNN, and a clear error where they are undefined."""
 
+import re
+
 import pytest
 import timm
 import torch
@@ -212,3 +214,44 @@ def test_checking_a_head_leaves_the_random_state_alone():
     before = torch.random.get_rng_state()
     GlobalLocal(model.eval())
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("grids", [(2, 4), (4, 2), (2, 3, 8), [3], [2, 4]])
+@torch.no_grad()
+def test_rows_of_several_grids_follow_each_other_in_the_order_given(grids):
+    model = randomise(timm.create_model("gld_resnet20", num_classes=7))
+    images = torch.randn(2, 3, 32, 32)
+    logits = global_local_logits(model, images, grids)
+    single = [global_local_logits(model, images, grid) for grid in grids]
+    expected = torch.cat([single[0][:, :1], *(rows[:, 1:] for rows in single)], 1)
+    assert logits.shape == (2, 1 + heads.count_cells(grids), 7)
+    # float32 matrix products of another size
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+
+
+def test_wrapper_and_model_take_several_grids_and_compile():
+    model = timm.create_model("gld_resnet20").eval()
+    images = torch.randn(2, 3, 32, 32)
+    expected = global_local_logits(model, images, (2, 4))
+    wrapped = GlobalLocal(model, grid=(2, 4))
+    assert torch.equal(wrapped(images), expected)
+    assert torch.equal(model.forward_logits(images, grid=(2, 4)), expected)
+    compiled = torch.compile(wrapped, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(images), expected)
+
+
+@pytest.mark.parametrize("grids", [(2, 2), (1, 2), (0, 2), (), []])
+def test_grids_that_there_cannot_be_are_named(grids):
+    model = timm.create_model("gld_resnet20").eval()
+    images = torch.randn(1, 3, 32, 32)
+    message = re.escape(f"grid={grids} must be one number or different numbers above 1")
+    for logits in (model.forward_logits, lambda images, grid: GlobalLocal(model, grid)(images)):
+        with pytest.raises(ValueError, match=message):
+            logits(images, grids)
+
+
+def test_the_finest_of_several_grids_must_fit_the_map():
+    model = timm.create_model("gld_resnet20")
+    message = re.escape("grid=(9, 2) needs a feature map of at least 9x9, got 8x8")
+    with pytest.raises(ValueError, match=message):
+        model.forward_logits(torch.randn(1, 3, 32, 32), (9, 2))

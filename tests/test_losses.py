@@ -338,7 +338,8 @@ def test_cross_entropy_is_the_global_rows():
         (((0, 5, 10), (0, 5, 10), (0,)), r"at least 1, got \[0, 5, 10\]"),
         (((4, 5, 10), (4, 5, 9), (4,)), "same classes"),
         (((4, 5, 10), (4, 10, 10), (4,)), "same grid"),
-        (((4, 5, 10), (4, 5, 10), (4, 10)), "class index an image"),
+        (((4, 5, 10), (4, 5, 10), (5,)), r"class index an image, \[4\].*got \[5\]"),
+        (((4, 5, 10), (4, 5, 10), (4, 9)), r"probabilities, \[4, 10\], got \[4, 9\]"),
     ],
 )
 def test_shapes_that_do_not_fit_are_named(shapes, message):
@@ -365,3 +366,178 @@ def test_relation_refuses_different_shapes():
 def test_weights_out_of_range_are_named(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         GLDLoss(**options)
+
+
+def cross_entropy(student, target):
+    return -student[:, 0].log_softmax(-1)[torch.arange(len(target)), target].mean()
+
+
+def soft_kl(student, teacher, temperature):
+    p, q = (teacher / temperature).softmax(-1), (student / temperature).softmax(-1)
+    return temperature**2 * (p * (p / q).log()).sum(-1)
+
+
+def hinton(student, teacher, target):
+    """Hinton et al., 2015: soft targets at T = 4 and the labels."""
+    kd = soft_kl(student[:, 0], teacher[:, 0], 4).mean()
+    return dict(loss_ce=0.1 * cross_entropy(student, target), loss_global=0.9 * kd)
+
+
+def logit_standardisation(student, teacher, target):
+    """Sun et al., CVPR 2024: soft targets of z-scores at T = 2."""
+
+    def z_score(z):
+        return (z - z.mean(-1, keepdim=True)) / z.std(-1, keepdim=True)
+
+    kd = soft_kl(z_score(student[:, 0]), z_score(teacher[:, 0]), 2).mean()
+    return dict(loss_ce=0.1 * cross_entropy(student, target), loss_global=9 * kd)
+
+
+def scale_decoupled(student, teacher, target):
+    """Wei et al., CVPR 2024: the mean over all rows, those in twofold that complete the global."""
+    right = teacher.argmax(-1) == target[:, None]
+    each = soft_kl(student, teacher, 4) * torch.where(right ^ right[:, :1], 2, 1)
+    shares = 0.9 * each.sum(0) / each.numel()
+    ce = 0.1 * cross_entropy(student, target)
+    return dict(loss_ce=ce, loss_global=shares[0], loss_local=shares[1:].sum())
+
+
+MEMBERS = {
+    hinton: dict(alpha=0.9, standardise=False, temperature=4, local_weight=0),
+    logit_standardisation: dict(temperature=2, ce_weight=0.1, global_weight=9, local_weight=0),
+    scale_decoupled: dict(
+        standardise=False,
+        temperature=4,
+        disagreement=2,
+        ce_weight=0.1,
+        global_weight=0.9 / 21,
+        local_weight=0.9 / 21,
+    ),
+}
+
+
+def answered_logits(batch=8, classes=10):
+    """Rows of grids 2 and 4 of a teacher that is right in about half of them."""
+    student, teacher = torch.randn(2, batch, 21, classes, dtype=torch.float64)
+    target = torch.randint(classes, (batch,))
+    answers = torch.where(
+        torch.rand(batch, 21) < 0.5, target[:, None], (target[:, None] + 3) % classes
+    )
+    teacher += 9 * F.one_hot(answers, classes)
+    right = teacher.argmax(-1) == target[:, None]
+    cases = {(bool(whole[0]), bool(cell)) for whole in right for cell in whole[1:]}
+    assert len(cases) == 4  # both, neither, and either alone
+    return student.requires_grad_(), teacher, target
+
+
+@pytest.mark.parametrize("member", MEMBERS, ids=lambda member: member.__name__)
+def test_members_of_the_family_equal_their_papers_equations(member):
+    student, teacher, target = answered_logits()
+    terms = GLDLoss(beta=0, **MEMBERS[member])(student, teacher, target)
+    (gradient,) = torch.autograd.grad(terms["loss"], student)
+    expected = member(student, teacher, target)
+    (expected_gradient,) = torch.autograd.grad(sum(expected.values()), student)
+    for name in ("loss_ce", "loss_global", "loss_local", "loss_relation"):
+        value = expected.get(name, torch.zeros_like(terms[name]))
+        torch.testing.assert_close(terms[name], value, rtol=1e-10, atol=0)
+    torch.testing.assert_close(terms["loss"], sum(expected.values()), rtol=1e-10, atol=0)
+    # the absolute one for differences of probabilities that cancel
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-10, atol=1e-15)
+
+
+@pytest.mark.parametrize("standardise", [True, False])
+def test_disagreement_weighs_only_cells_that_contradict_the_global_answer(standardise):
+    student, teacher, target = answered_logits()
+    options = dict(standardise=standardise, beta=0)
+    plain, heavy, none = (
+        GLDLoss(disagreement=weight, **options)(student, teacher, target) for weight in (1, 2, 0)
+    )
+    torch.testing.assert_close(2 * plain["loss_local"], heavy["loss_local"] + none["loss_local"])
+    assert none["loss_local"] < plain["loss_local"] < heavy["loss_local"]
+    assert torch.equal(plain["loss_global"], heavy["loss_global"])
+    teacher[:, 1:] = teacher[:, :1]
+    always, never = (
+        GLDLoss(disagreement=weight, **options)(student, teacher, target) for weight in (1, 0)
+    )
+    assert torch.equal(always["loss"], never["loss"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_the_defaults_are_the_papers_to_the_bit(dtype):
+    student, teacher, target = logits(dtype=torch.float32)
+    student, teacher = student.detach().to(dtype).requires_grad_(), teacher.to(dtype)
+    written = dict(temperature=1, standardise=True, disagreement=1)
+    written.update(ce_weight=1 - 0.7, global_weight=0.7)
+    found = []
+    for criterion in (GLDLoss(), GLDLoss(**written)):
+        terms = criterion(student, teacher, target)
+        found.append([*terms.values(), *torch.autograd.grad(terms["loss"], student)])
+    assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize("temperature", [1, 2, 4])
+@pytest.mark.parametrize("standardise", [True, False])
+def test_each_divergence_passes_gradcheck_and_is_zero_at_the_teacher(temperature, standardise):
+    student = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(5, 4, dtype=torch.float64)
+    options = dict(temperature=temperature, standardise=standardise)
+    assert torch.autograd.gradcheck(lambda s: logit_kl(s, teacher, **options), student)
+    assert not logit_kl(teacher, teacher, **options).any()
+    assert (logit_kl(student, teacher, **options) > 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_labels_may_be_probabilities(dtype):
+    student, teacher, target = logits(dtype=dtype)
+    expected = GLDLoss()(student, teacher, target)
+    (gradient,) = torch.autograd.grad(expected["loss"], student)
+    terms = GLDLoss()(student, teacher, F.one_hot(target, 10).to(expected["loss"].dtype))
+    for name, value in expected.items():  # sums of the same numbers in another order
+        torch.testing.assert_close(terms[name], value)
+    torch.testing.assert_close(torch.autograd.grad(terms["loss"], student)[0], gradient)
+
+
+def test_mixed_labels_cost_the_mix_of_both_cross_entropies():
+    student, teacher, target = logits()
+    other = target.roll(3)
+    mixed = 0.3 * F.one_hot(target, 10).double() + 0.7 * F.one_hot(other, 10).double()
+    first, second, both = (GLDLoss()(student, teacher, labels) for labels in (target, other, mixed))
+    expected = 0.3 * first["loss_ce"] + 0.7 * second["loss_ce"]
+    torch.testing.assert_close(both["loss_ce"], expected, rtol=1e-12, atol=0)
+    for name in ("loss_global", "loss_local", "loss_relation"):
+        assert torch.equal(both[name], first[name])
+
+
+def test_disagreement_needs_labels_that_are_right_or_wrong():
+    student, teacher, target = logits()
+    with pytest.raises(ValueError, match=r"disagreement=2 .* indices \[B\], got \[6, 10\]"):
+        GLDLoss(disagreement=2)(student, teacher, F.one_hot(target, 10).double())
+
+
+@pytest.mark.parametrize("name", edge_cases())
+@pytest.mark.parametrize("options", [dict(standardise=False, temperature=4), dict(temperature=2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_finite_logits_give_a_finite_divergence_at_every_temperature(name, options, dtype):
+    student, teacher = (value.to(dtype) for value in edge_cases()[name])
+    if not (student.isfinite().all() and teacher.isfinite().all()):
+        pytest.skip(f"{name} logits do not exist in {dtype}")
+    student.requires_grad_()
+    target = torch.zeros(len(student), dtype=torch.int64)
+    terms = GLDLoss(disagreement=2, **options)(student, teacher, target)
+    terms["loss"].backward()
+    for term, value in terms.items():
+        assert value.isfinite(), f"{term} is {value}"
+        assert value.dtype == torch.float32
+    assert student.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["ce_weight", "global_weight", "disagreement", "temperature"])
+@pytest.mark.parametrize("value", [-0.5, float("inf"), float("nan")])
+def test_options_of_the_family_out_of_range_are_named(name, value):
+    with pytest.raises(ValueError, match=f"{name}={value} must "):
+        GLDLoss(**{name: value})
+
+
+def test_a_temperature_of_0_is_refused():
+    with pytest.raises(ValueError, match=r"temperature=0 must lie between 0\.001"):
+        GLDLoss(temperature=0)

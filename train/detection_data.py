@@ -7,15 +7,17 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from datasets import ClassLabel, Image
+from datasets import ClassLabel
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from keyed_loader import Sample, move
 from rows import DataError, ImageRows
-from sources import encoded, is_integer, open_dataset, pick_column, pick_splits
+from segmentation_data import UPRIGHT, orientation_of
+from sources import encoded, is_integer, open_dataset, pick_image_column, pick_splits
 
 Format = Literal["xyxy", "xywh"]
+LARGEST_FRACTION = 1.05  # of a box that reaches a little over its image's edge
 
 
 class DetectionSource:
@@ -23,7 +25,8 @@ class DetectionSource:
 
     The column holds for each image `bbox`, lists of four numbers in pixels, and `category`, class
     indices from 0; `difficult` or COCO's `iscrowd` (0 or 1) may be there. It is a dict of lists or
-    a list of dicts; an image where it, or a list of it, is null has no boxes.
+    a list of dicts; an image where it, or a list of it, is null has no boxes. Boxes are those of
+    the image as it is seen: where EXIF turns it, as it lies after that.
 
     Args:
         name: Hub id or folder in hub layout.
@@ -49,10 +52,10 @@ class DetectionSource:
         objects_column: str = "objects",
         bbox_format: Format = "xyxy",
     ) -> None:
-        splits = open_dataset(name, config, revision)
+        splits = open_dataset(name, config, revision).splits
         train, test = pick_splits(name, splits, train_split, test_split)
         features = splits[train].features
-        image = pick_column(name, features, image_column, Image, "image_column")
+        image, _ = pick_image_column(name, features, image_column)
         self.name = name
         self.label_names = _label_names(name, features, objects_column, splits[train])
         self.train, self.test = (
@@ -116,18 +119,38 @@ class DetectionRows(ImageRows):
 
         Raises:
             DataError: If a category is out of range, a box is not four finite numbers or has a
-                negative side, or there are not as many of each; it names the first such row.
+                negative side, or there are not as many of each; it names the first such row. If
+                there is no box of at least a pixel, or all seem to be fractions of their image.
         """
-        return sum(
-            len(self.boxes(row, as_lists(objects))[1])
-            for row, objects in enumerate(self.table[self.objects_column][:])
-        )
+        rows = [as_lists(objects) for objects in self.table[self.objects_column][:]]
+        self._check_scale([box for objects in rows for box in objects["bbox"] if box])
+        found = [self.boxes(row, objects)[0] for row, objects in enumerate(rows)]
+        boxes = torch.cat([torch.zeros(0, 4), *found])
+        if not (boxes[:, 2:] - boxes[:, :2] >= 1).all(1).any():  # others are dropped
+            raise DataError(
+                f"{self.where} has {len(boxes)} boxes in column {self.objects_column!r}, none of "
+                "them a pixel wide and high, so there is nothing to find; name another column by "
+                "objects_column, or another split by train_split or test_split"
+            )
+        return len(boxes)
+
+    def _check_scale(self, boxes: list[list[float | None]]) -> None:
+        """Refuse boxes that, taken as pixels, would all be dropped as smaller than one."""
+        numbers = [value for box in boxes for value in box if value is not None]
+        if not any(min(box[2:]) > 0 for box in boxes if len(box) == 4 and None not in box):
+            return
+        if 1 - LARGEST_FRACTION <= min(numbers) and max(numbers) <= LARGEST_FRACTION:
+            raise DataError(
+                f"the boxes of {self.where} lie between {min(numbers):g} and {max(numbers):g}, and "
+                "are to be in pixels; they look like fractions: multiply them by the width and "
+                "height of their image"
+            )
 
     def boxes(self, row: int, objects: dict[str, list[Any]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return a row's corners x1, y1, x2, y2 `[N, 4]` and its classes `[N]` from 0.
 
         Raises:
-            DataError: As `check`.
+            DataError: As `check` for a row.
         """
         categories, listed = objects["category"], objects["bbox"]
         for category in categories:
@@ -169,11 +192,15 @@ class DetectionRows(ImageRows):
         `labels` are from 1, `iscrowd` is 1 for difficult objects.
 
         Raises:
-            DataError: If the image cannot be read, or as `check`.
+            DataError: If the image cannot be read, EXIF turns it and a box does not lie inside it
+                then, or as `check` for a row.
         """
         image = v2.functional.pil_to_tensor(self.read(item[self.image_column], self.place(row)))
         objects = as_lists(item[self.objects_column])
         boxes, categories = self.boxes(row, objects)
+        turn = orientation_of(item[self.image_column])
+        if turn != UPRIGHT:
+            self._check_inside(row, boxes, image.shape[-2:], turn)
         target = dict(
             boxes=tv_tensors.BoundingBoxes(
                 boxes, format="XYXY", canvas_size=tuple(image.shape[-2:])
@@ -182,6 +209,20 @@ class DetectionRows(ImageRows):
             iscrowd=torch.tensor(_difficult(objects), dtype=torch.int64),
         )
         return tv_tensors.Image(image), target
+
+    def _check_inside(
+        self, row: int, boxes: torch.Tensor, size: tuple[int, ...], turn: int
+    ) -> None:
+        """Refuse boxes outside a turned image, which must be those of the image as stored."""
+        height, width = size
+        outside = (boxes < -1) | (boxes > torch.tensor([width, height] * 2) + 1)  # but for rounding
+        if outside.any():
+            box = boxes[int(outside.any(1).nonzero()[0])].tolist()
+            raise DataError(
+                f"{self.place(row)}: EXIF (orientation {turn}) turns the image, which is "
+                f"{width}x{height} then, and the box of corners {box} does not lie inside; give "
+                "boxes of the image as it is seen, or write it without the tag"
+            )
 
 
 def _difficult(objects: dict[str, list[Any]]) -> list[int]:

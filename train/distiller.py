@@ -19,7 +19,8 @@ from loaders import load_data
 from models import ModelError, create_frozen, set_training_mode
 from on_record import labels_alone
 from recipe import PAPER_BETA, Recipe
-from sources import open_source
+from rows import DataError
+from sources import ImageSource, facts, listed, open_source
 from trainer import Trainer
 
 
@@ -36,6 +37,7 @@ class Distiller(Trainer):
         """Return the images, the student, and the student with its local logits."""
         recipe, accelerator = self.recipe, self.accelerator
         self.source = open_source(recipe)
+        self.empty: list[str] = []
         self.models = build_models(recipe, self.source.label_names, accelerator)
         self.student, self.teacher = self.models.student, self.models.teacher
         self.config = self.models.config
@@ -43,7 +45,10 @@ class Distiller(Trainer):
         if recipe.compile and accelerator.num_processes == 1:  # not through collectives
             self.criterion.compile()
         data = load_data(self.source, recipe, self.config, accelerator.device, share)
-        labels = [] if recipe.streaming else self.source.train.labels().tolist()
+        labels = []
+        if not recipe.streaming:
+            labels = self.source.train.labels().tolist()
+            self.empty = check_classes(self.source, allowed=recipe.allow_empty_classes)
         self.source_digests = dict(classes=_digest(self.source.label_names), labels=_digest(labels))
         self.teacher_top1: float | None = None
         return data, self.student, self.models.network
@@ -87,6 +92,7 @@ class Distiller(Trainer):
     def introduction(self) -> list[str]:
         """Return what to tell of the data and of the teacher, whose accuracy is measured."""
         lines, student = super().introduction(), self.recipe.student
+        lines += facts(self.source, self.empty)
         beta = self.recipe.relation_weight
         if self.teacher is not None and beta == self.recipe.scaled_beta != PAPER_BETA:
             lines.append(f"beta {beta:g}: the paper's {PAPER_BETA:g} scaled to the rows of a batch")
@@ -188,6 +194,22 @@ class Distiller(Trainer):
 
 def _digest(values: list[Any]) -> str:
     return hashlib.sha256(repr(values).encode()).hexdigest()[:12]
+
+
+def check_classes(source: ImageSource, *, allowed: bool) -> list[str]:
+    """Return the classes without a training image.
+
+    Raises:
+        DataError: If there are some and they are not allowed.
+    """
+    counts = source.train.labels().bincount(minlength=len(source.label_names))
+    empty = [name for name, count in zip(source.label_names, counts, strict=True) if not count]
+    if empty and not allowed:
+        raise DataError(
+            f"{source.train.where} has no image of {len(empty)} of its {len(counts)} classes "
+            f"({listed(empty)}); add some, remove the classes, or set allow_empty_classes: true"
+        )
+    return empty
 
 
 def build_loss(recipe: Recipe) -> GLDLoss:

@@ -46,8 +46,8 @@ class MixedBatches:
     ) -> None:
         if batch_size % (2 * share.world_size):
             raise DataError(
-                f"batch_size={batch_size} cannot be mixed in pairs by {share.world_size} "
-                "processes; use a multiple of twice their number"
+                f"batch_size={batch_size} cannot be mixed in pairs within each process "
+                f"({share.world_size} in all); use a multiple of twice their number"
             )
         self.batches = batches
         self.count = batches.count

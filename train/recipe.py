@@ -39,7 +39,7 @@ class Recipe(Options):
         local_weight=(0, math.inf),
         ce_weight=(0, math.inf),
         global_weight=(0, math.inf),
-        temperature=(1e-6, math.inf),
+        temperature=(1e-3, 1e3),
         disagreement=(0, math.inf),
         label_smoothing=(0, 1),
         **Options.RANGES,
@@ -85,6 +85,9 @@ class Recipe(Options):
     image_column: str | None = option(None, "column of images; null takes the first of that type")
     label_column: str | None = option(
         None, "column of classes, perhaps words; null takes the first of type ClassLabel"
+    )
+    allow_empty_classes: bool = option(
+        False, "train although a class has no training image, which is an error otherwise"
     )
     val_fraction: float = option(
         0.0,

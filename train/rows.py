@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset, Image
@@ -51,7 +51,10 @@ class ImageRows:
         """Return the number of rows; None for a stream whose card does not say it."""
         if isinstance(self.table, Dataset):
             return len(self.table)
-        split = (self.table.info.splits or {}).get(str(self.table.split))
+        splits = self.table.info.splits or {}
+        split = splits.get(str(self.table.split))
+        if split is None and len(splits) == 1:  # of a table made here, which has no name
+            (split,) = splits.values()
         return (split.num_examples or None) if split else None
 
     def place(self, row: int) -> str:
@@ -80,11 +83,14 @@ class ImageRows:
 
 @dataclass(frozen=True, kw_only=True)
 class Rows(ImageRows):
-    """A split of images with a class each; `words` are the indices of classes that are words."""
+    """A split of images with a class each.
+
+    `index` gives the class of a value in the column, where the values are not the classes' indices.
+    """
 
     label_column: str
     classes: int
-    words: dict[str, int] | None = None
+    index: dict[Any, int] | None = None
 
     def example(self, row: int, item: dict[str, Any]) -> tuple[PILImage.Image, int]:
         """Return a row's image and class; `labels` has checked the classes of all.
@@ -92,10 +98,14 @@ class Rows(ImageRows):
         Raises:
             DataError: If the image cannot be read.
         """
-        label = item[self.label_column]
-        if self.words is not None:
-            label = self.words[label]
-        return self.read(item[self.image_column], self.place(row)), label
+        label = self.class_of(item[self.label_column])
+        return self.read(item[self.image_column], self.place(row)), cast(int, label)
+
+    def class_of(self, value: Any) -> int | None:
+        """Return the class of a value in the column of classes; None if it has none."""
+        if self.index is not None:
+            return self.index.get(value)
+        return value if value is not None and 0 <= value < self.classes else None
 
     def labels(self) -> torch.Tensor:
         """Return the class indices int64 `[rows]`, none of them out of range.
@@ -110,7 +120,7 @@ class Rows(ImageRows):
     @cached_property
     def _labels(self) -> torch.Tensor:
         column = self.table[self.label_column][:]  # row by row it takes ten times as long
-        found = column if self.words is None else map(self.words.get, column)
+        found = column if self.index is None else map(self.index.get, column)
         labels = torch.tensor([-1 if label is None else label for label in found])
         wrong = ((labels < 0) | (labels >= self.classes)).nonzero().flatten()
         if len(wrong):
@@ -144,7 +154,7 @@ class Rows(ImageRows):
 
     def label_error(self, place: str, label: int | str | None, count: str = "") -> DataError:
         """Return the error for a label outside the classes."""
-        classes = f"outside 0 to {self.classes - 1}" if self.words is None else "not a class"
+        classes = f"outside 0 to {self.classes - 1}" if self.index is None else "not a class"
         return DataError(
             f"{place} has label {label!r}, {classes}{count}; remove unlabelled rows or correct them"
         )

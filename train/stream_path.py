@@ -177,10 +177,11 @@ class _StreamedImages(IterableDataset):
         return split_dataset_by_node(table, self.share.rank, self.share.world_size)
 
     def _sample(self, item: dict[str, Any], key: tuple[int, ...]) -> Sample | DataError:
-        label, encoded = item[self.rows.label_column], item[self.rows.image_column]
+        value, encoded = item[self.rows.label_column], item[self.rows.image_column]
+        label = self.rows.class_of(value)
         try:
-            if label is None or not 0 <= label < self.rows.classes:
-                raise self.rows.label_error(self._place(key) + file_of(encoded), label)
+            if label is None:
+                raise self.rows.label_error(self._place(key) + file_of(encoded), value)
             image = self.rows.read(encoded, self._place(key))
         except DataError as error:
             return error
