@@ -57,7 +57,8 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, float]:
     clock.watch(distiller, "open_source", "start: find the dataset")
     clock.watch(distiller, "build_models", "start: build both models")
     clock.watch(distiller, "load_data", "start: decode the images")
-    clock.watch(Trainer, "train_one_epoch", "epochs: steps")
+    clock.watch(Trainer, "train_one_epoch", "epochs: train")
+    clock.watch(Trainer, "step", "epochs: of that, the steps themselves")
     clock.watch(Trainer, "score_of", "epochs: measure the student")
     clock.watch(Trainer, "save", "epochs: checkpoint")
     clock.watch(RunFolder, "write_metrics", "epochs: metrics and curves")
@@ -80,7 +81,9 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, float]:
     with Interruption(accelerator, max_minutes=None, checkpoint_minutes=30) as interruption:
         trainer.fit(lambda line: None, interruption)
     trainer.finish()
-    return {phase: round(seconds, 2) for phase, seconds in clock.seconds.items()}
+    seconds = {phase: round(spent, 2) for phase, spent in clock.seconds.items()}
+    ratio = clock.seconds["epochs: train"] / clock.seconds["epochs: of that, the steps themselves"]
+    return dict(seconds, **{"an epoch / its steps": round(ratio, 4)})
 
 
 def main() -> None:

@@ -123,6 +123,7 @@ def _split_folders(folders: dict[str, str]) -> dict[str, str]:
             )
         if split is not None:
             splits[split] = path
+    splits = {name: splits[name] for name in dict.fromkeys(SPLITS.values()) if name in splits}
     others = set(folders.values()) - set(splits.values())
     if not others or ("train" in splits and any(map(_holds_classes, splits.values()))):
         return splits
