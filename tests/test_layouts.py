@@ -168,7 +168,7 @@ def test_an_image_outside_the_classes_is_named(tmp_path):
         ImageSource(str(tmp_path / "b"))
     put(tmp_path / "c" / "train", "ant")
     put(tmp_path / "c" / "test", "bee")
-    with pytest.raises(DataError, match=r"test/0\.png lies beside the class folders"):
+    with pytest.raises(DataError, match=r"train/0\.png lies beside the class folders"):
         ImageSource(str(tmp_path / "c"))
 
 
@@ -415,3 +415,105 @@ def test_datasets_is_not_asked_to_look_at_image_folders(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", None)
     monkeypatch.setattr("sources.load_dataset", None)
     assert_read(ImageSource(str(tidy(tmp_path))), dict.fromkeys(THREE, (4, 2)))
+
+
+def test_a_split_or_the_folder_itself_may_be_a_link(tmp_path):
+    tidy(tmp_path / "real")
+    (tmp_path / "linked").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / "linked" / split).symlink_to(tmp_path / "real" / split)
+    (tmp_path / "whole").symlink_to(tmp_path / "real")
+    for name in ("linked", "whole"):
+        assert_read(ImageSource(str(tmp_path / name)), dict.fromkeys(THREE, (4, 2)))
+
+
+def test_a_class_folder_inside_a_class_folder_is_no_class(tmp_path):
+    tidy(tmp_path)
+    put(tmp_path / "train" / "ant" / "bee", "ant", 3)
+    assert_read(ImageSource(str(tmp_path)), dict(ant=(7, 2), bee=(4, 2), cat=(4, 2)))
+
+
+def test_an_empty_test_folder_is_no_split(tmp_path):
+    tidy(tmp_path, test=0)
+    with pytest.raises(DataError, match="has no split to measure on, only train"):
+        ImageSource(str(tmp_path))
+    (tmp_path / "val").mkdir()
+    source = ImageSource(str(tmp_path), test_fraction=0.25)
+    assert_read(source, dict.fromkeys(THREE, (3, 1)))
+
+
+def test_a_class_folder_without_an_image_is_told(tmp_path):
+    tidy(tmp_path)
+    (tmp_path / "train" / "dog").mkdir()
+    source = ImageSource(str(tmp_path))
+    assert source.label_names == list(THREE)
+    assert source.passed_over == {"folder without an image: dog": 1}
+
+
+def test_classes_that_differ_in_case_or_by_a_blank_are_two(tmp_path):
+    for split in ("train", "test"):
+        for name in ("cat", "Cat", "cat "):
+            put(tmp_path / split / name, "cat")
+    assert ImageSource(str(tmp_path)).label_names == ["Cat", "cat", "cat "]
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>not found</html>", b"\x89PNG\r\n\x1a\n"])
+def test_a_file_that_is_no_image_but_named_as_one_is_named(tmp_path, content):
+    tidy(tmp_path)
+    (tmp_path / "train" / "bee" / "bad.png").write_bytes(content)
+    source = ImageSource(str(tmp_path))
+    with pytest.raises(DataError, match=r"bad\.png.* is not a readable image"):
+        decode(source.train, Transforms(8).fit(), 8)
+
+
+def test_a_file_named_as_a_split_is_no_split(tmp_path):
+    for name in THREE:
+        put(tmp_path / name, name, 4)
+    (tmp_path / "train").write_text("a list")
+    source = ImageSource(str(tmp_path), test_fraction=0.25)
+    assert_read(source, dict.fromkeys(THREE, (3, 1)))
+    assert source.passed_over == {"no image (no ending)": 1}
+
+
+def test_what_is_neither_file_nor_folder_is_named(tmp_path):
+    tidy(tmp_path)
+    os.mkfifo(tmp_path / "train" / "ant" / "pipe.png")
+    with pytest.raises(DataError, match=r"pipe\.png leads to no file"):
+        ImageSource(str(tmp_path))
+
+
+def test_a_name_that_is_not_utf8_is_named(tmp_path):
+    tidy(tmp_path)
+    picture("ant").save(tmp_path / "train" / "ant" / "x.png")
+    os.rename(
+        os.fsencode(tmp_path / "train" / "ant" / "x.png"),
+        os.fsencode(tmp_path / "train" / "ant") + b"/\xff.png",
+    )
+    with pytest.raises(DataError, match="a name that is not UTF-8"):
+        ImageSource(str(tmp_path))
+
+
+def test_fractions_and_missing_values_are_no_classes(tmp_path):
+    features = Features(image=Image(), label=Value("float64"))
+    columns = columns_of(THREE, [0.0, 1.0, 2.0])
+    splits = dict(train=columns, test=columns)
+    folder = write_parquet(tmp_path / "a", splits, dict.fromkeys(splits, features))
+    with pytest.raises(DataError, match=r"no column of type ClassLabel; .* label \(float64\)"):
+        ImageSource(folder)
+    features = Features(image=Image(), label=Value("string"))
+    columns = columns_of(THREE, ["ant", None, "cat"])
+    splits = dict(train=columns, test=columns_of(["ant"], ["ant"]))
+    source = ImageSource(write_parquet(tmp_path / "b", splits, dict.fromkeys(splits, features)))
+    with pytest.raises(DataError, match=r"row 1 of split 'train' .* has label None, not a class"):
+        source.train.labels()
+
+
+def test_a_table_whose_test_part_has_another_class_is_refused(tmp_path):
+    for split, names in dict(train=("ant", "bee"), test=("ant", "dog")).items():
+        lines = ["file_name,labels"]
+        for name in names:
+            put(tmp_path / "all", name, 1, ending=f"-{split}-{name}.png")
+            lines.append(f"all/0-{split}-{name}.png,{name}")
+        (tmp_path / f"{split}.csv").write_text("\n".join(lines) + "\n")
+    with pytest.raises(DataError, match=r"has 1 classes that split 'train' .* has not: dog"):
+        ImageSource(str(tmp_path))
