@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import glob
+import importlib
 import json
 import os
 import sys
@@ -28,6 +29,7 @@ from gld_zoo.explain import explain, seen_part
 from gld_zoo.heads import global_local_logits
 from gld_zoo.hub import create_model, describe_changes
 from gld_zoo.images import to_rgb
+from gld_zoo.output import end, printing
 
 PACKAGE = Path(__file__).parent
 MODEL = "gld_wrn16_1"
@@ -275,7 +277,33 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--model", **model)
     command.add_argument("--grid", type=_positive, default=2, help="cells along each side")
     command.set_defaults(run=explain_image)
+    # its options are the trainer's, which reads them
+    commands.add_parser("data", help="what a run would read of a dataset", add_help=False)
     return parser
+
+
+def show_data(arguments: Sequence[str]) -> None:
+    """Run the trainer's `data.py`, which a clone has beside the package.
+
+    Raises:
+        CommandError: If it is not there, or what it needs is not installed.
+    """
+    folder = PACKAGE.parent / "train"
+    if not (folder / "data.py").is_file():
+        raise CommandError(
+            "gld-zoo data is part of the trainer, which a clone of the repository has; clone it, "
+            'and there pip install -e ".[train]"'
+        )
+    sys.path.insert(0, str(folder))
+    try:
+        module = importlib.import_module("data")
+    except ImportError as error:
+        raise CommandError(
+            f'gld-zoo data needs {error.name}; pip install -e ".[train,detection,segmentation]"'
+        ) from error
+    finally:
+        sys.path.remove(str(folder))
+    module.cli(list(arguments))
 
 
 def _positive(text: str) -> int:
@@ -286,15 +314,16 @@ def _positive(text: str) -> int:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command; exit with 1 if an image was skipped or what was asked cannot be done."""
-    options = build_parser().parse_args(arguments)
-    try:
-        status = options.run(options) or 0
-        sys.stdout.flush()
-    except CommandError as error:
-        sys.exit(f"error: {error}")
-    except BrokenPipeError:  # whoever read has had enough, as `head` has
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
-        status = 1
+    arguments = sys.argv[1:] if arguments is None else arguments
+    with printing(failed=end):
+        try:
+            if arguments[:1] == ["data"]:
+                show_data(arguments[1:])
+                return
+            options = build_parser().parse_args(arguments)
+            status = options.run(options) or 0
+        except CommandError as error:
+            sys.exit(f"error: {error}")
     sys.exit(status)
 
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
-from collections.abc import Sequence
+import textwrap
+import unicodedata
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +19,18 @@ SIDE = 320  # pixels of each of the two panels
 HEAD = 28
 # dark blue to yellow, with even steps of lightness
 COLOURS = torch.tensor([[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]])
+# for the letters that Pillow's own font lacks, which are all but ASCII; looked for by these names
+# where systems keep fonts
+SYSTEM_FONTS = (
+    "DejaVuSans.ttf",
+    "NotoSans-Regular.ttf",
+    "Arial Unicode.ttf",
+    "arial.ttf",
+    "NotoSansCJK-Regular.ttc",
+    "wqy-zenhei.ttc",
+    "msyh.ttc",
+    "PingFang.ttc",
+)
 
 
 def explain(image: Image.Image, labels: Sequence[str], activation: torch.Tensor) -> Image.Image:
@@ -34,21 +51,24 @@ def explain(image: Image.Image, labels: Sequence[str], activation: torch.Tensor)
     picture.paste(Image.blend(square, white, 0.25), (0, HEAD))
     picture.paste(Image.blend(grey, _heat(activation), 0.6), (SIDE, HEAD))
     draw = ImageDraw.Draw(picture)
-    head = ImageFont.load_default(15)
-    draw.text((6, 5), f"whole image: {labels[0].replace('_', ' ')}", "black", font=head)
-    draw.text((SIDE + 6, 5), "largest activation", "black", font=head)
+    text, head = drawable(f"whole image: {labels[0].replace('_', ' ')}", 15)
+    draw.text((6, 5), text, "black", font=head)
+    text, head = drawable("largest activation", 15)
+    draw.text((SIDE + 6, 5), text, "black", font=head)
     cell = SIDE / grid
     for line in range(1, grid):
         at = line * cell
         draw.line([(at, HEAD), (at, HEAD + SIDE)], "white", 2)
         draw.line([(0, HEAD + at), (SIDE, HEAD + at)], "white", 2)
-    font = ImageFont.load_default(max(8, min(16, int(cell / 9))))
+    size = max(8, min(16, int(cell / 9)))
     for number, label in enumerate(labels[1:]):
         y, x = divmod(number, grid)
-        words = label.replace("_", " ").rpartition(" ")
+        text, font = drawable(label.replace("_", " "), size)
+        words = text.rpartition(" ")
         draw.multiline_text(
             ((x + 0.5) * cell, HEAD + (y + 0.5) * cell),
-            f"{words[0]}\n{words[2]}",
+            # escapes may be longer than a cell is wide
+            f"{textwrap.fill(words[0], int(cell / font.getlength('0')) or 1)}\n{words[2]}",
             "black",
             font=font,
             anchor="mm",
@@ -57,6 +77,76 @@ def explain(image: Image.Image, labels: Sequence[str], activation: torch.Tensor)
             stroke_fill="white",
         )
     return picture
+
+
+def drawable(text: str, size: int) -> tuple[str, ImageFont.FreeTypeFont]:
+    r"""Return a text in letters that can be drawn, and the font that has most of them.
+
+    A letter that the font lacks becomes that without its accent, or an escape such as `\u4e2d`.
+
+    Args:
+        text: One line.
+        size: Height of the letters in pixels.
+    """
+    text = unicodedata.normalize("NFC", text)
+    best, fewest = _own_font(size), len(text) + 1
+    for font in _fonts(size):
+        lacking = sum(not _has(font, letter) for letter in text)
+        if lacking < fewest:
+            best, fewest = font, lacking
+        if not fewest:
+            break
+    return "".join(_spell(letter, best) for letter in text), best
+
+
+def _fonts(size: int) -> Iterator[ImageFont.FreeTypeFont]:
+    """Yield fonts: Pillow's own, then the largest one that matplotlib brings, then the system's."""
+    yield _own_font(size)
+    names = list(SYSTEM_FONTS)
+    if matplotlib := importlib.util.find_spec("matplotlib"):  # not imported, which takes long
+        folder = Path(matplotlib.origin or "").parent
+        names.insert(0, str(folder / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"))
+    yield from (font for name in names if (font := _load_font(name, size)))
+
+
+@lru_cache
+def _own_font(size: int) -> ImageFont.FreeTypeFont:
+    font = ImageFont.load_default(size)
+    assert isinstance(font, ImageFont.FreeTypeFont)  # as it is where a size is asked for
+    return font
+
+
+@lru_cache
+def _load_font(name: str, size: int) -> ImageFont.FreeTypeFont | None:
+    try:
+        return ImageFont.truetype(name, size)
+    except OSError:
+        return None
+
+
+@lru_cache
+def _unshaped(font: ImageFont.FreeTypeFont) -> ImageFont.FreeTypeFont:
+    # shaping puts a mark that the font lacks on something it has
+    return font.font_variant(layout_engine=ImageFont.Layout.BASIC)
+
+
+def _has(font: ImageFont.FreeTypeFont, letter: str) -> bool:
+    """Tell whether a font draws a letter: what it lacks looks as what no font has."""
+    if not letter.isprintable():
+        return False
+    drawn, box = (_unshaped(font).getmask(each) for each in (letter, "\uffff"))
+    return (drawn.size, bytes(drawn)) != (box.size, bytes(box))
+
+
+def _spell(letter: str, font: ImageFont.FreeTypeFont) -> str:
+    if _has(font, letter):
+        return letter
+    plain = "".join(
+        part for part in unicodedata.normalize("NFKD", letter) if not unicodedata.combining(part)
+    )
+    if plain and all(_has(font, part) for part in plain):
+        return plain
+    return letter.encode("unicode_escape").decode()
 
 
 def seen_part(image: Image.Image, config: dict[str, Any]) -> Image.Image:

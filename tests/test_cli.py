@@ -1,5 +1,6 @@
 """The command, on real images of many formats; bad ones are named and skipped."""
 
+import contextlib
 import io
 import json
 import os
@@ -12,9 +13,11 @@ import timm
 import torch
 from PIL import Image
 
-from gld_zoo import cli, global_local_logits
+import predict
+from gld_zoo import cli, create_deeplabv3plus, global_local_logits
 from gld_zoo.cli import class_names, find_images, main, read_image
-from gld_zoo.explain import SIDE, explain, seen_part
+from gld_zoo.downstream import save_downstream
+from gld_zoo.explain import HEAD, SIDE, drawable, explain, seen_part
 from gld_zoo.hub import save_pretrained
 from rows import ImageRows
 
@@ -267,3 +270,173 @@ def test_a_photo_is_read_upright(tmp_path):
     exif[0x0112] = 6  # to be turned by 90 degrees
     Image.new("RGB", (8, 4)).save(tmp_path / "x.jpg", exif=exif)
     assert read_image(tmp_path / "x.jpg").size == (4, 8)
+
+
+@pytest.fixture
+def printed_to(monkeypatch):
+    """Run a program with its standard output on a stream; return what the program ends with."""
+
+    def run_to(stream, program, *arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", stream)
+            with pytest.raises(SystemExit) as stop:
+                program([str(argument) for argument in arguments])
+        return stop.value.code
+
+    return run_to
+
+
+def to_ascii(printed_to, program, *arguments):
+    """Run a program on a terminal that holds ASCII alone; return what it printed."""
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    assert printed_to(terminal, program, *arguments) == 0
+    return terminal.buffer.getvalue().decode("ascii")
+
+
+STRANGE = "\u4e2d\xf6\udcf6"  # CJK, an accent, and a byte that is no UTF-8
+ESCAPED = r"\u4e2d\xf6\udcf6"
+
+
+def test_names_that_the_terminal_cannot_hold_are_escaped(
+    pictures, tmp_path, printed_to, monkeypatch
+):
+    image, drawn = tmp_path / f"{STRANGE}.png", tmp_path / f"{STRANGE}-out.png"
+    image.write_bytes((pictures / "0.png").read_bytes())
+    save_pretrained(
+        timm.create_model("gld_wrn16_1", num_classes=2), tmp_path, label_names=["L\xf6we", "\u4e2d"]
+    )
+    model = ["--model", f"local-dir:{tmp_path}"]
+    line = to_ascii(printed_to, main, "predict", image, *model)
+    assert f"{ESCAPED}.png: " in line
+    assert all(name in line for name in (r"L\xf6we ", r"\u4e2d "))
+    line = to_ascii(printed_to, main, "predict", image, *model, "--json")
+    assert json.loads(line)["image"] == str(image)
+    line = to_ascii(printed_to, main, "explain", image, "-o", drawn, *model)
+    assert f"{ESCAPED}-out.png: 640 x" in line
+    assert drawn.is_file()
+    results = cli._results()
+    results["weights"]["gld_wrn16_1.ce_cifar100"]["hardware"] = STRANGE
+    monkeypatch.setattr(cli, "_results", lambda: results)
+    assert ESCAPED in to_ascii(printed_to, main, "info", "gld_wrn16_1")
+    assert "wrn16_2_cifar100 (" in to_ascii(printed_to, main, "list")
+
+
+def test_predictions_of_a_segmenter_are_escaped_and_do_not_need_a_reader(
+    pictures, tmp_path, printed_to, capsys
+):
+    model = create_deeplabv3plus("gld_resnet18", 2, pretrained_backbone=False)
+    save_downstream(model, tmp_path / "model", label_names=["L\xf6we", "\u4e2d"], image_size=32)
+    image = tmp_path / f"{STRANGE}.png"
+    image.write_bytes((pictures / "0.png").read_bytes())
+    options = [tmp_path / "model", image, pictures / "1.jpg", "--out"]
+    lines = to_ascii(printed_to, predict.cli, *options, tmp_path / "drawn")
+    assert f"{ESCAPED}.png: " in lines
+    assert r"L\xf6we " in lines or r"\u4e2d " in lines
+    with ended_pipe() as pipe:
+        assert printed_to(pipe, predict.cli, *options, tmp_path / "unread") == 0
+    assert "the drawings go on" in capsys.readouterr().err
+    message = printed_to(sys.stdout, predict.cli, "x" * 300, image, "--out", tmp_path / "out")
+    assert message.startswith("error: ")
+    drawn, unread = (sorted((tmp_path / name).iterdir()) for name in ("drawn", "unread"))
+    assert [path.name for path in unread] == [path.name for path in drawn]
+
+
+@contextlib.contextmanager
+def ended_pipe():
+    """A pipe whose reader has ended."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as pipe:
+        yield pipe
+
+
+PRINTING = [["list"], ["info", "gld_wrn16_1"], ["predict", "0.png"], ["--help"]]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+@pytest.mark.parametrize("arguments", PRINTING, ids=lambda arguments: arguments[0])
+def test_output_that_is_not_taken_is_one_line(pictures, printed_to, arguments, capsys, monkeypatch):
+    monkeypatch.chdir(pictures)
+    with open("/dev/full", "w") as full:
+        code = printed_to(full, main, *arguments)
+    assert code == (
+        "error: cannot write to standard output: No space left on device; send it elsewhere"
+    )
+    with ended_pipe() as pipe:
+        assert printed_to(pipe, main, *arguments) == 141
+    assert "Bad file descriptor" in printed_to(None, main, *arguments)
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+def test_a_full_disk_is_one_line_at_the_programs_end_too():
+    """What the interpreter still holds is written at its end, where it says so at length."""
+    command = [sys.executable, "-c", "from gld_zoo.cli import main; main(['list'])"]
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines() == [
+        "error: cannot write to standard output: No space left on device; send it elsewhere"
+    ]
+
+
+LETTERS = [
+    "L\xf6we",
+    "\u0141\xf3d\u017a",
+    "\u4e2d\u6587 \xf6",
+    "\u0928\u092e\u094d",
+    "a\xa0b\tc",
+    "cat",
+]
+
+
+@pytest.mark.parametrize("text", LETTERS, ids=ascii)
+@pytest.mark.parametrize("alone", [False, True])
+def test_every_letter_drawn_is_one_of_the_fonts(text, alone, monkeypatch):
+    ttlib = pytest.importorskip("fontTools.ttLib")
+    if alone:  # Pillow's own font, which has ASCII
+        monkeypatch.setattr("gld_zoo.explain.SYSTEM_FONTS", ())
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    drawn, font = drawable(text, 12)
+    file = font.path if isinstance(font.path, str) else io.BytesIO(font.font_bytes)
+    letters = ttlib.TTFont(file, fontNumber=0).getBestCmap()
+    assert all(ord(letter) in letters for letter in drawn), drawn
+    assert drawn.isprintable()
+
+
+def test_letters_that_no_font_has_are_spelt(monkeypatch):
+    monkeypatch.setattr("gld_zoo.explain.SYSTEM_FONTS", ())
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert drawable("L\xf6we \u4e2d \xdf", 12)[0] == r"Lowe \u4e2d \xdf"
+
+
+def test_letters_that_a_font_has_are_kept(monkeypatch):
+    pytest.importorskip("matplotlib")  # which brings one
+    monkeypatch.setattr("gld_zoo.explain.SYSTEM_FONTS", ())
+    assert drawable("L\xf6we \u4e2d \xdf", 12)[0] == "L\xf6we \\u4e2d \xdf"
+
+
+def test_the_picture_shows_letters_and_no_boxes(monkeypatch):
+    monkeypatch.setattr("gld_zoo.explain.SYSTEM_FONTS", ())
+    image, flat = Image.new("RGB", (60, 60), "grey"), torch.zeros(4, 4)
+
+    def draw(name):
+        return np.asarray(explain(image, [f"{name} 5%"] * 5, flat))
+
+    assert np.array_equal(draw("\u4e2d"), draw(r"\u4e2d"))
+    pytest.importorskip("matplotlib")
+    assert not np.array_equal(draw("L\xf6we"), draw("Lowe"))
+    assert not np.array_equal(draw("\xf6"), draw("\xe4"))  # as two boxes would be
+
+
+def test_long_escapes_stay_in_their_cell(monkeypatch):
+    monkeypatch.setattr("gld_zoo.explain.SYSTEM_FONTS", ())
+    image, flat = Image.new("RGB", (60, 60), "grey"), torch.zeros(4, 4)
+    for grid in (2, 4):
+        labels = [" "] * (1 + grid**2)
+        blank = np.asarray(explain(image, labels, flat)).astype(int)
+        labels[2] = "\u4e2d\u6587\u52a8\u7269\u56ed 5%"
+        drawn = np.asarray(explain(image, labels, flat)).astype(int)
+        rows, columns = np.nonzero(np.abs(drawn - blank).sum(2))
+        assert rows.max() < HEAD + SIDE / grid
+        assert SIDE / grid < columns.min() < columns.max() < 2 * SIDE / grid

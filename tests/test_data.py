@@ -13,6 +13,7 @@ from scenes import (
 from test_layouts import THREE, picture, put, tidy
 
 from data import cli
+from gld_zoo.cli import main
 
 
 def show(capsys, *arguments):
@@ -43,6 +44,16 @@ def test_a_folder_is_shown_as_a_run_would_read_it(tmp_path, capsys):
     assert "images of the rarest classes in train: ant 4, cat 4, bee 5" in printed
     assert "passed over: 1 of no image (.txt)" in printed
     assert "both splits hold" not in printed
+
+
+def test_gld_zoo_data_is_the_same_command(tmp_path, capsys):
+    tidy(tmp_path)
+    main(["data", str(tmp_path), "--json"])
+    assert json.loads(capsys.readouterr().out)["classes"] == list(THREE)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit) as stop:
+        main(["data", str(tmp_path / "empty")])
+    assert "holds no image" in str(stop.value.code)
 
 
 def test_facts_and_a_contact_sheet_are_written(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """SSD300: torchvision's interface, the map sizes, the exported part, and what it refuses."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -9,9 +10,12 @@ from torchvision.models.detection import ssd300_vgg16
 from torchvision.models.detection.image_list import ImageList
 
 import gld_zoo
+from batches import Share
+from detector import Detector
 from gld_zoo.detection import MAPS, DenseSSD, create_ssd300
 from gld_zoo.downstream import load_downstream, save_downstream
 from gld_zoo.hub import save_pretrained
+from models import ModelError
 
 
 @pytest.fixture(scope="module")
@@ -188,3 +192,17 @@ def test_mistakes_are_named(options, message):
 def test_thresholds_are_ssds(model):
     assert (model.nms_thresh, model.score_thresh, model.detections_per_img) == (0.45, 0.01, 200)
     assert (model.proposal_matcher.high_threshold, model.neg_to_pos_ratio) == (0.5, 3)
+
+
+def test_a_batch_of_one_that_batch_norm_cannot_take_is_refused(model):
+    """Attention over channels has batch norm on pooled maps."""
+    attentive = create_ssd300("skresnet18", 3, pretrained_backbone=False)
+    recipe = SimpleNamespace(backbone="skresnet18", batch_size=2, sync_batch_norm=False)
+    cpu = SimpleNamespace(device=torch.device("cpu"))
+    trainer = SimpleNamespace(recipe=recipe, accelerator=cpu)
+    Detector._check_batch(trainer, attentive, Share())
+    message = "batch_size=2 leaves a process one image, on which backbone 'skresnet18' cannot train"
+    with pytest.raises(ModelError, match=message):
+        Detector._check_batch(trainer, attentive, Share(0, 2))
+    Detector._check_batch(trainer, model.train(), Share(0, 2))
+    model.eval()

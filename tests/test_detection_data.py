@@ -1,9 +1,13 @@
 """Boxes: what is read, what is refused, and that augmentation moves them with their objects."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset, Features, Image, List, Value
+from PIL import ExifTags
+from PIL import Image as PILImage
 from scenes import COLORS, detection_rows, encode, scene, write_detection
 from torchvision.transforms import v2
 
@@ -217,3 +221,49 @@ def test_a_batch_is_lists_of_plain_tensors(tmp_path):
     assert images[0].dtype == torch.float32
     assert images[0].max() <= 1
     assert type(targets[1]["boxes"]) is torch.Tensor
+
+
+@pytest.mark.parametrize("bbox_format", ["xyxy", "xywh"])
+@pytest.mark.parametrize("box", [[0.1, 0.2, 0.5, 0.9], [0.0, 0.0, 1.01, 1.0], [0.5, 0.5, 0.2, 0.2]])
+def test_boxes_that_are_fractions_are_refused(tmp_path, box, bbox_format):
+    """The last one is a centre with width and height."""
+    found = source(tmp_path, [(IMAGE, [box], [1], [0])] * 2, bbox_format=bbox_format)
+    for rows in (found.train, found.test):
+        with pytest.raises(DataError, match="look like fractions: multiply them by the width and"):
+            rows.check()
+
+
+def test_small_boxes_beside_others_are_taken(tmp_path):
+    small = (IMAGE, [[0.0, 0.0, 1.0, 1.0]], [1], [0])
+    found = source(tmp_path, [small, (IMAGE, BOXES, CATEGORIES, [0, 0])])
+    assert found.train.check() == 3
+
+
+@pytest.mark.parametrize("boxes", [[], [[0.0] * 4], [[5.0, 5.0, 5.0, 20.0]]])
+def test_a_split_without_any_object_is_refused(tmp_path, boxes):
+    found = source(tmp_path, [(IMAGE, boxes, [1] * len(boxes), [0] * len(boxes))] * 2)
+    message = rf"split 'train' of .* has {2 * len(boxes)} boxes in column 'objects', none of them"
+    with pytest.raises(DataError, match=message):
+        found.train.check()
+
+
+def test_boxes_are_those_of_the_image_as_it_is_seen(tmp_path):
+    """Where EXIF turns it, boxes that do not lie inside then must be of the image as stored."""
+    found = source(tmp_path, [(IMAGE, BOXES, CATEGORIES, [0, 0])]).train
+    exif = PILImage.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    file = io.BytesIO()
+    PILImage.fromarray(IMAGE).save(file, "JPEG", exif=exif)  # 96x72, seen as 72x96
+    image = dict(bytes=file.getvalue(), path=None)
+
+    def example(box):
+        return found.example(0, dict(image=image, objects=dict(bbox=[box], category=[1])))
+
+    pixels, target = example([10.0, 60.0, 72.5, 96.5])
+    assert pixels.shape == (3, 96, 72)
+    assert target["boxes"].tolist() == [[10, 60, 72.5, 96.5]]
+    message = (
+        r"row 0 .*EXIF \(orientation 6\) turns the image, which is 72x96 then, and the box .*80"
+    )
+    with pytest.raises(DataError, match=message):
+        example([60.0, 10.0, 80.0, 30.0])

@@ -1,11 +1,15 @@
 """The trainer as a user runs it: two epochs, sixty-four real images."""
 
+import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -15,9 +19,12 @@ from conftest import CHECKOUT, FEATURES, SMALL_RUN, launch, read_lines, write_da
 from datasets import ClassLabel, Features, Image, load_dataset
 from safetensors.torch import load_file, save_file
 
+from build import build_models
+from distill import cli
 from distiller import accuracy
 from gld_zoo.hub import save_pretrained
-from models import ModelError, create_frozen, create_student
+from models import ModelError, check_lone_image, create_frozen, create_student
+from recipe import Recipe
 from run_folder import summarize
 from totals import NonFiniteLossError, Totals
 
@@ -473,3 +480,116 @@ def test_means_are_of_the_steps_that_were_checked():
     assert totals.means() == dict(loss=2.5)
     totals.add(dict(loss=torch.tensor(9.0)), {})
     assert totals.means() == dict(loss=2.5)
+
+
+def test_a_run_folders_name_that_is_too_long_is_named_and_nothing_is_left(
+    tmp_path, distill, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    message = "is too long; name a shorter one by --run"
+    for run in ("x" * 300, f"new/{'x' * 300}", f"{'x' * 300}/deep", "/".join(["x" * 200] * 30)):
+        for more in ([], ["--resume"]):
+            output = distill(*SMALL_RUN, "--dataset", "none", "--run", run, *more, fails=True)
+            assert f"error: the name of the run folder {run} {message}" in output
+    student = f"local-dir:{'models/' * 50}"  # the default name is made from it
+    output = distill("--student", student, "--dataset", "none", fails=True)
+    assert re.search(f"the name of the run folder runs/local-dir.* {message}", output)
+    assert not list(tmp_path.iterdir())
+    for run in (".", ".."):  # which have nothing above them by name
+        output = distill(*SMALL_RUN, "--dataset", "none", "--run", run, fails=True)
+        assert "is too long" not in output
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_run_folder_that_may_not_be_read_is_named(tmp_path, distill):
+    (tmp_path / "run").mkdir(mode=0)
+    for run in ("run", "run/deep"):
+        output = distill(*SMALL_RUN, "--dataset", "none", "--run", tmp_path / run, fails=True)
+        assert "Permission denied; name another by --run" in output
+
+
+def test_messages_that_the_terminal_cannot_hold_are_escaped(tiny_dataset, tmp_path, monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    run = tmp_path / "\u4e2d\xf6\udcf6"
+    options = [*SMALL_RUN, "--epochs", 1, "--dataset", tiny_dataset, "--run", run]
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", terminal)
+        cli([str(option) for option in options])
+    assert r"\u4e2d\xf6\udcf6" in terminal.buffer.getvalue().decode("ascii")
+    assert (run / "summary.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("names", "labels", "here", "there"),
+    [
+        (["ant", "Bee", "cat"], ["bee", "cat", "dog"], "class 1 is 'Bee'", "class 0 'bee'"),
+        (["Great_Tit", "owl", "x"], ["owl", "y", "great-tit"], "0 is 'Great_Tit'", "2 'great-tit'"),
+        (["a cat", "b", "c"], ["b", "c", "ACat"], "class 0 is 'a cat'", "class 2 'ACat'"),
+    ],
+)
+def test_a_teacher_with_some_classes_at_other_places_is_refused(
+    tmp_path, names, labels, here, there
+):
+    model = timm.create_model("gld_wrn16_1", num_classes=3)
+    folder = f"local-dir:{save_pretrained(model, tmp_path / 'model', label_names=names)}"
+    with pytest.raises(ModelError, match=rf"^teacher .*{here} to it, and .*{there} to the dataset"):
+        create_frozen(folder, torch.device("cpu"), label_names=labels, role="teacher")
+
+
+@pytest.mark.parametrize(
+    ("names", "labels"),
+    [
+        (["Ant", "b_e e", "cat"], ["ant", "bee", "Cat"]),  # spelling alone
+        (["ant", "bee", "cat"], ["ant", "bee", "dog"]),
+        (["aves", "felis", "canis"], ["bird", "cat", "dog"]),  # other words
+        (["crane", "owl", "crane"], ["crane", "eagle", "crane"]),  # a bird and a machine
+        (["0", "1", "2"], ["1", "2", "3"]),
+        (["0", "1", "2"], ["bird", "1", "0"]),
+    ],
+)
+def test_names_that_no_class_tells_apart_are_taken(tmp_path, names, labels):
+    model = timm.create_model("gld_wrn16_1", num_classes=3)
+    folder = f"local-dir:{save_pretrained(model, tmp_path / 'model', label_names=names)}"
+    create_frozen(folder, torch.device("cpu"), label_names=labels)
+
+
+def test_a_batch_of_one_that_batch_norm_cannot_take_is_refused(tiny_dataset, tmp_path, distill):
+    options = ["--student", "gld_resnet18", "--batch_size", 1, "--image_size", 32]
+    output = distill(
+        *SMALL_RUN, "--dataset", tiny_dataset, "--run", tmp_path / "run", *options, fails=True
+    )
+    assert "batch_size=1 leaves a process one image, on which student 'gld_re" in output
+    assert "use batch_size=2 or more" in output
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_look_at_one_image_leaves_the_run_as_it_was():
+    """Neither statistics nor draws move, and maps above 1x1 give batch norm enough."""
+    model = timm.create_model("gld_resnet20", num_classes=4, drop_rate=0.5).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    check_lone_image(model, torch.rand(1, 3, 32, 32), name="x", batch_size=2, processes=2)
+    torch.set_rng_state(state)
+    torch.rand(1, 3, 32, 32)
+    expected = torch.get_rng_state()
+    torch.set_rng_state(state)
+    check_lone_image(model, torch.rand(1, 3, 32, 32), name="x", batch_size=2, processes=2)
+    assert torch.equal(torch.get_rng_state(), expected)
+    assert all(before[name].equal(value) for name, value in model.state_dict().items())
+    tail = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.BatchNorm2d(3))
+    message = r"batch_size=2 leaves a process one image.*use batch_size=4 or more"
+    with pytest.raises(ModelError, match=message):
+        check_lone_image(tail, torch.rand(1, 3, 32, 32), name="x", batch_size=2, processes=2)
+
+
+def test_a_frozen_batch_norm_takes_one_image(tmp_path):
+    """Of a student whose classifier alone learns, statistics stay as they are."""
+    model = timm.create_model("gld_resnet18", num_classes=4)
+    folder = save_pretrained(model, tmp_path / "model", label_names=list("abcd"))
+    machine = SimpleNamespace(device=torch.device("cpu"), num_processes=1)
+    options = dict(student=f"local-dir:{folder}", dataset="x", batch_size=1, image_size=32)
+    recipe = Recipe(**options, teacher=None, finetune="classifier")
+    models = build_models(recipe, list("abcd"), machine)
+    assert not any(module.training for module in models.network.modules())
+    with pytest.raises(ModelError, match="batch_size=1 leaves a process one image"):
+        build_models(replace(recipe, finetune="all"), list("abcd"), machine)

@@ -13,6 +13,7 @@ import time
 import pytest
 from conftest import CHECKOUT, SMALL_RUN, STANDALONE, launch, read_lines, write_dataset
 
+from distill import cli
 from interruption import Interruption
 from trainer import Trainer
 
@@ -380,3 +381,37 @@ def test_trackers_are_named_and_must_be_installed(tiny_dataset, tmp_path, distil
     options = ["--dataset", tiny_dataset, "--run", tmp_path / "run", "--trackers", "[wandb]"]
     assert "pip install wandb" in distill(*SMALL_RUN, *options, fails=True)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("streams", ["stdout", "both"])
+def test_a_reader_that_has_had_enough_does_not_end_the_run(student_run, tmp_path, streams):
+    """As `| head -1` and `2>&1 | head -1` read."""
+    run = tmp_path / "run"
+    command = [CHECKOUT / "train" / "distill.py", "--config", student_run / "recipe.yaml"]
+    command += ["--run", run]
+    with subprocess.Popen(
+        [sys.executable, "-u", *map(str, command)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT if streams == "both" else subprocess.PIPE,
+        text=True,
+        env=dict(os.environ, PYTHONPATH=str(CHECKOUT)),
+    ) as process:
+        assert "64 training and 33 test images" in process.stdout.readline()
+        process.stdout.close()
+        error = "" if streams == "both" else process.stderr.read()
+    assert process.returncode == 0, error
+    assert "Traceback" not in error
+    assert error.count("the run goes on without messages") == (streams == "stdout")
+    assert_same_result(run, student_run)
+
+
+def test_a_full_disk_under_the_messages_does_not_end_the_run(
+    student_run, tmp_path, capsys, monkeypatch
+):
+    run = tmp_path / "run"
+    options = ["--config", student_run / "recipe.yaml", "--run", run, "--max_minutes", 0]
+    with monkeypatch.context() as patch, open("/dev/full", "w") as full:
+        patch.setattr(sys, "stdout", full)
+        cli([str(option) for option in options])
+    assert list((run / "checkpoints").iterdir())
+    assert "No space left on device); the run goes on" in capsys.readouterr().err

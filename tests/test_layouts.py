@@ -417,6 +417,20 @@ def test_datasets_is_not_asked_to_look_at_image_folders(tmp_path, monkeypatch):
     assert_read(ImageSource(str(tidy(tmp_path))), dict.fromkeys(THREE, (4, 2)))
 
 
+def test_twelve_bits_in_sixteen_are_noted(tmp_path):
+    for split in ("train", "test"):
+        for name, top in (("ant", 4000), ("bee", 300)):
+            (tmp_path / split / name).mkdir(parents=True)
+            values = np.linspace(0, top, 64).reshape(8, 8).astype(np.uint16)
+            PILImage.fromarray(values).save(tmp_path / split / name / "0.png")
+    rows = ImageSource(str(tmp_path)).train
+    assert "hold values up to 4000, so they are read almost black" in rows.note_of_depth()
+    values = np.full((8, 8), 50_000, np.uint16)
+    PILImage.fromarray(values).save(tmp_path / "train" / "bee" / "1.png")
+    assert ImageSource(str(tmp_path)).train.note_of_depth() is None
+    assert ImageSource(str(tidy(tmp_path / "rgb"))).train.note_of_depth() is None
+
+
 def test_a_split_or_the_folder_itself_may_be_a_link(tmp_path):
     tidy(tmp_path / "real")
     (tmp_path / "linked").mkdir()

@@ -15,7 +15,7 @@ from distiller import Distiller
 from gld_zoo import create_deeplabv3plus, create_ssd300
 from options import parse_command
 from recipe import Recipe
-from run_folder import RunFolder
+from run_folder import RunError, RunFolder
 from segmenter import SegmentationRecipe
 
 FOLDER = Path(__file__).parent.parent / "train" / "recipes"
@@ -225,3 +225,44 @@ def test_help_explains_every_option(capsys):
         assert f"--{name} " in text
     for title in Recipe.GROUPS.values():
         assert f"\n{title}:\n" in text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"# r\xe9solu\nstudent: gld_resnet20\n", r"is not in UTF-8 \(line 1\); save it as UTF-8"),
+        (b"student: gld_resnet20\n# K\xf6ln\n", r"is not in UTF-8 \(line 2\); save it as UTF-8"),
+        (None, "No such file or directory; name a YAML file that can be read"),
+        ("folder", "Is a directory; name a YAML file that can be read"),
+        ("link", "symbolic links; name a YAML file that can be read"),
+    ],
+)
+def test_a_recipe_that_cannot_be_read_is_named(tmp_path, content, message):
+    path = tmp_path / "mine.yaml"
+    if content == "folder":
+        path.mkdir()
+    elif content == "link":
+        path.symlink_to(path)
+    elif content:
+        path.write_bytes(content)
+    expected = f"{re.escape(str(path))}.*{message}"
+    for given in (["--config", str(path)], ["--epochs", "3", f"--config={path}"]):
+        with pytest.raises(SystemExit, match=f"^error: .*{expected}$"):
+            parse_command(Recipe, "", given)
+    with pytest.raises(ValueError, match=expected):
+        Recipe.load(path)
+
+
+def test_a_saved_recipe_that_cannot_be_read_is_named(tmp_path):
+    recipe = Recipe(student="gld_resnet20")
+    (tmp_path / "recipe.yaml").write_bytes(b"# K\xf6ln\n")
+    with pytest.raises(SystemExit, match=r"recipe.yaml is not in UTF-8"):
+        parse_command(Recipe, "", ["--run", str(tmp_path), "--resume"])
+    with pytest.raises(RunError, match=r"recipe.yaml is not in UTF-8"):
+        RunFolder(tmp_path, recipe, resume=True)
+
+
+def test_options_may_stand_in_a_files_place():
+    assert parse_command(Recipe, "", ["--config", "{student: x, lr: 0.3}"]).recipe.lr == 0.3
+    with pytest.raises(SystemExit, match="File name too long; name a YAML file"):
+        parse_command(Recipe, "", ["--config", "x" * 300])

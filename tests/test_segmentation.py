@@ -1,11 +1,16 @@
 """DeepLabV3+: the paper's parameter counts, any size of image, export, and what it refuses."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import gld_zoo
 from gld_zoo.downstream import load_downstream, save_downstream
 from gld_zoo.segmentation import _resize, create_deeplabv3plus
+from rows import DataError
+from segmentation_data import SegmentationRows
+from segmenter import Segmenter
 
 
 @pytest.fixture(scope="module")
@@ -106,3 +111,21 @@ def test_a_saved_model_comes_back(model, tmp_path):
 def test_mistakes_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         create_deeplabv3plus(**options)
+
+
+@pytest.mark.parametrize(("value", "found"), [(0, "the value 0 alone"), (255, "no value")])
+def test_masks_of_one_class_are_never_measured(value, found):
+    """Of a large split not all masks are looked at before; any model would score 100 %."""
+    rows = SegmentationRows(
+        table=None, image_column="image", where="split 'test'", mask_column="mask", classes=2
+    )
+    trainer = SimpleNamespace(
+        share_buffers=lambda model: None,
+        accelerator=SimpleNamespace(num_processes=1, device=torch.device("cpu")),
+        recipe=SimpleNamespace(num_classes=2),
+        source=SimpleNamespace(test=rows),
+    )
+    logits, mask = torch.randn(1, 2, 4, 4), torch.full((4, 4), 255)
+    mask[0] = value
+    with pytest.raises(DataError, match=f"masks of split 'test' hold {found} beside 255"):
+        Segmenter.measure(trainer, torch.nn.Identity(), [([logits], [mask])])

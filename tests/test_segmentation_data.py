@@ -1,18 +1,25 @@
 """Masks: what is read, what is refused, and that augmentation moves them with their pixels."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from scenes import COLORS, scene, segmentation_rows, write_segmentation
+from datasets import Image
+from PIL import ExifTags, ImageOps
+from PIL import Image as PILImage
+from scenes import COLORS, encode, scene, segmentation_rows, write_segmentation
 from torchvision.transforms import v2
 
+import segmentation_data
 from batches import Normalize
 from keyed_loader import KeyedExamples, stack, transform_under
 from rows import DataError
 from segmentation_data import (
     ListsToDevice,
     MeasuringTransform,
+    SegmentationRows,
     SegmentationSource,
     listed,
     training_transform,
@@ -128,3 +135,82 @@ def test_batches_are_normalised(tmp_path):
     several, alone = to_device(listed(examples))
     torch.testing.assert_close(several[1], images[1:])
     assert torch.equal(alone[1], masks[1])
+
+
+def of_0_and_255(mask):
+    return np.where(mask > 0, 255, 0).astype(np.uint8)
+
+
+def test_masks_of_one_class_are_refused(tmp_path):
+    found = source(tmp_path, [(IMAGE, of_0_and_255(MASK))] * 3, num_classes=2)
+    for rows in (found.train, found.test):
+        with pytest.raises(DataError, match=r"hold the value 0 alone beside 255.*values 0 and 1"):
+            rows.check()
+
+
+def test_masks_of_255_alone_are_refused(tmp_path):
+    with pytest.raises(DataError, match="hold no value beside 255"):
+        source(tmp_path, [(IMAGE, np.full_like(MASK, 255))]).train.check()
+
+
+def test_masks_are_looked_at_until_two_classes_are_seen(tmp_path, monkeypatch):
+    rows = [(IMAGE, np.zeros_like(MASK))] * 2 + [(IMAGE, MASK)] + [(IMAGE, np.zeros_like(MASK))] * 3
+    found = source(tmp_path, rows).train
+    read = []
+    mask = SegmentationRows._mask
+    monkeypatch.setattr(
+        SegmentationRows, "_mask", lambda self, *given: read.append(given) or mask(self, *given)
+    )
+    assert found.check() is None
+    assert len(read) == 3
+    # of a large split not all are: that the rest holds one class too cannot be known
+    monkeypatch.setattr(segmentation_data, "LOOKED_AT", 2)
+    assert "of 6 masks 2 were looked at: the masks of split 'train'" in found.check()
+    assert len(read) == 5
+
+
+def test_a_row_without_a_mask_is_named(tmp_path):
+    found = source(tmp_path, [(IMAGE, MASK)])
+    item = dict(found.train.table[0], mask=None)
+    with pytest.raises(DataError, match=r"row 0 of split 'train' .* has no mask"):
+        found.train.example(0, item)
+
+
+def tagged(array, turn):
+    """Encode an image as stored, with EXIF's tag of how it is to be turned."""
+    exif = PILImage.Exif()
+    exif[ExifTags.Base.Orientation] = turn
+    file = io.BytesIO()
+    PILImage.fromarray(array).save(file, "PNG", exif=exif)
+    return dict(bytes=file.getvalue(), path=None)
+
+
+@pytest.mark.parametrize("turn", [1, 5, 6, 7, 8])
+def test_a_mask_is_turned_with_its_image(tmp_path, turn):
+    """Stored as the image is; one that lies as the image is seen stays."""
+    found = source(tmp_path, [(IMAGE, MASK)]).train
+    plain = encode(MASK)
+    image, mask = found.example(0, dict(image=tagged(IMAGE, turn), mask=plain))
+    seen = np.asarray(ImageOps.exif_transpose(Image().decode_example(tagged(MASK, turn))))
+    assert torch.equal(mask, torch.tensor(seen).long())
+    assert image.shape[-2:] == mask.shape
+    for color in (0, 1, 2):
+        near = ((image.int() - torch.tensor(COLORS[color])[:, None, None]).abs() < 60).all(0)
+        assert torch.equal(near, mask == color + 1)
+    for upright in (encode(seen), tagged(MASK, turn)):
+        _, again = found.example(0, dict(image=tagged(IMAGE, turn), mask=upright))
+        assert torch.equal(again, mask)
+
+
+@pytest.mark.parametrize(("side", "turn"), [(72, 6), (72, 5), (96, 3), (96, 2), (96, 4)])
+def test_a_mask_that_fits_before_and_after_the_turn_is_refused(tmp_path, side, turn):
+    found = source(tmp_path, [(IMAGE, MASK)]).train
+    image, mask = tagged(IMAGE[:, :side], turn), np.ascontiguousarray(MASK[:, :side])
+    message = (
+        rf"row 0 of split 'train' .*EXIF \(orientation {turn}\) turns the image, and at {side}"
+    )
+    with pytest.raises(DataError, match=message):
+        found.example(0, dict(image=image, mask=encode(mask)))
+    # with a tag of its own it lies as the image does
+    _, turned = found.example(0, dict(image=image, mask=tagged(mask, turn)))
+    assert len(turned.unique()) > 1

@@ -15,11 +15,13 @@ from gld_zoo import GlobalLocal
 from models import (
     GlobalOnly,
     Teacher,
+    check_lone_image,
     create_frozen,
     create_student,
     enable_grad_checkpointing,
     refusals,
     resolve_data_config,
+    set_training_mode,
     weights_sha256,
 )
 from recipe import Recipe
@@ -66,6 +68,7 @@ def build_models(recipe: Recipe, label_names: Sequence[str], accelerator: Accele
     with refusals(f"student {recipe.student!r}", size):
         network = GlobalLocal(student, recipe.grid) if recipe.teacher else GlobalOnly(student)
         network.eval()(images)
+    _check_batch(recipe, network, images[:1], accelerator.num_processes)
     teacher, sha256 = None, None
     if recipe.teacher:
         model = create_frozen(recipe.teacher, device, label_names=label_names, role="teacher")
@@ -82,3 +85,23 @@ def build_models(recipe: Recipe, label_names: Sequence[str], accelerator: Accele
         if teacher:
             teacher.compile(mode=mode)
     return Models(student, teacher, network, config, sha256)
+
+
+def _check_batch(recipe: Recipe, network: nn.Module, image: torch.Tensor, processes: int) -> None:
+    """Refuse a batch of which a process gets one image that the student cannot train on.
+
+    Of several processes, a synchronised batch norm sees the images of all.
+    """
+    if recipe.batch_size // processes != 1 or (recipe.sync_batch_norm and processes > 1):
+        return
+    student: Any = network
+    network.train()
+    set_training_mode(student.model, recipe.finetune)
+    check_lone_image(
+        network,
+        image,
+        name=f"student {recipe.student!r}",
+        batch_size=recipe.batch_size,
+        processes=processes,
+    )
+    network.eval()

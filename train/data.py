@@ -26,6 +26,7 @@ from matplotlib.figure import Figure
 from detection_data import DetectionSource, as_lists
 from disk import DiskError, replacing, write_text
 from evaluate import add_source_options
+from gld_zoo.output import end, printing
 from rows import DataError, ImageRows
 from segmentation_data import IGNORE, SegmentationSource
 from sources import features_of, listed, open_dataset, open_source
@@ -59,6 +60,8 @@ def describe(options: Any) -> tuple[dict[str, Any], dict[str, ImageRows]]:
         **found,
         seen={name: _look(part) for name, part in rows.items()},
     )
+    notes = (part.note_of_depth() for part in rows.values())
+    result["warnings"] += [note for note in notes if note]
     if options.duplicates:
         count = _count_duplicates(*rows.values())
         result["duplicates"] = count
@@ -284,6 +287,7 @@ def _caption(rows: Any, item: dict[str, Any], names: Sequence[str]) -> str:
     return "no class" if number is None else names[number]
 
 
+@printing(failed=end)
 def cli(arguments: list[str] | None = None) -> None:
     """Run the command line; a mistake ends the program with one line that names it."""
     parser = ArgumentParser(description=__doc__.splitlines()[0])

@@ -137,9 +137,9 @@ class DetectionRows(ImageRows):
     def _check_scale(self, boxes: list[list[float | None]]) -> None:
         """Refuse boxes that, taken as pixels, would all be dropped as smaller than one."""
         numbers = [value for box in boxes for value in box if value is not None]
-        if not any(min(box[2:]) > 0 for box in boxes if len(box) == 4 and None not in box):
+        if not any(numbers):  # boxes without area stand where there is no object
             return
-        if 1 - LARGEST_FRACTION <= min(numbers) and max(numbers) <= LARGEST_FRACTION:
+        if min(numbers) >= 1 - LARGEST_FRACTION and max(numbers) <= LARGEST_FRACTION:
             raise DataError(
                 f"the boxes of {self.where} lie between {min(numbers):g} and {max(numbers):g}, and "
                 "are to be in pixels; they look like fractions: multiply them by the width and "

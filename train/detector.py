@@ -25,6 +25,7 @@ from detection_data import (
 from gld_zoo.detection import SIZE, create_ssd300
 from gld_zoo.downstream import save_downstream
 from keyed_loader import KeyedExamples
+from models import check_lone_image
 from options import option
 from transfer import TransferRecipe, TransferTrainer
 
@@ -93,6 +94,7 @@ class Detector(TransferTrainer):
         )
         self.boxes = [rows.check() for rows in (self.source.train, self.source.test)]
         model = self.create(create_ssd300, len(self.source.label_names) + 1)
+        self._check_batch(model, share)
         plain = measuring_transform()
         augmented = training_transform(SIZE, model.transform.image_mean)
         data = self.read(
@@ -106,6 +108,19 @@ class Detector(TransferTrainer):
             test_collate=collate,
         )
         return data, model, SSDLoss(model)
+
+    def _check_batch(self, model: SSD, share: Share) -> None:
+        """Refuse a batch of which a process gets one image that the backbone cannot train on."""
+        recipe, processes = self.recipe, share.world_size
+        if share.batch_size(recipe.batch_size) > 1 or (recipe.sync_batch_norm and processes > 1):
+            return
+        check_lone_image(
+            model.backbone,
+            torch.zeros(1, 3, SIZE, SIZE, device=self.accelerator.device),
+            name=f"backbone {recipe.backbone!r}",
+            batch_size=recipe.batch_size,
+            processes=processes,
+        )
 
     def forward(
         self, images: Images, targets: Targets

@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from batches import EvalBatches, Share
 from disk import DiskError, replacing, write_text
 from gld_zoo import global_local_logits
+from gld_zoo.output import end, printing
 from loaders import eval_batches
 from models import ModelError, Teacher, create_frozen, measuring_device, refusals
 from rows import DataError, Rows
@@ -266,6 +267,7 @@ def add_source_options(parser: ArgumentParser, *, positional: bool = False) -> N
     )
 
 
+@printing(failed=end)
 def cli(arguments: list[str] | None = None) -> None:
     """Run the command line; a mistake ends the program with one line that names it."""
     parser = ArgumentParser(description=__doc__.splitlines()[0])

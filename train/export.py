@@ -26,6 +26,7 @@ from disk import DiskError, replace_folder, sha256, writing
 from evaluate import evaluate, measuring_batches
 from finished_run import FinishedRun
 from gld_zoo.hub import model_card, push_folder, save_pretrained
+from gld_zoo.output import end, printing
 from models import ModelError, create_frozen
 from onnx_files import OnnxModel, check_packages, quantize, write_onnx
 from recipe import Recipe
@@ -183,6 +184,7 @@ def push(folder: Path, repo_id: str, *, private: bool | None) -> str:
         ) from error
 
 
+@printing(failed=end)
 def cli(arguments: list[str] | None = None) -> None:
     """Run the command line; a mistake ends the program with one line that names it."""
     parser = ArgumentParser(description=__doc__.splitlines()[0])

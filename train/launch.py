@@ -19,9 +19,10 @@ from accelerate.utils import DistributedType, DynamoBackend, InitProcessGroupKwa
 
 from curves import measured_split
 from disk import DiskError
+from gld_zoo.output import end, printing
 from interruption import Interruption, Stopped
 from models import ModelError, forbid_tf32
-from options import Options, parse_command
+from options import Command, Options, parse_command
 from rows import DataError
 from run_folder import RunError, RunFolder
 from totals import NonFiniteLossError
@@ -39,7 +40,23 @@ def launch(
         description: For `--help`.
         arguments: None takes the program's own.
     """
-    command = parse_command(options, description, arguments)
+    with printing(failed=end):  # the help
+        command = parse_command(options, description, arguments)
+    with printing(failed=go_on):
+        run_command(kind, command)
+
+
+def go_on(error: OSError) -> None:
+    """Tell that a run goes on although nobody reads its messages: its work is in its folder."""
+    print(
+        f"standard output takes no more ({error.strerror}); the run goes on without messages: "
+        "metrics.jsonl in its folder tells of it, and Ctrl-C ends it at a checkpoint",
+        file=sys.stderr,
+    )
+
+
+def run_command(kind: type[Trainer], command: Command[Any]) -> None:
+    """Run what a command line asks for; a mistake ends the program with one line that names it."""
     try:
         run(kind, command.recipe, command.run, resume=command.resume)
     except DiskError as error:

@@ -34,6 +34,7 @@ from evaluate import (
     square_size,
     table,
 )
+from gld_zoo.output import end, printing
 from models import ModelError, create_frozen, measuring_device
 from rows import DataError, Rows
 from sources import ImageSource, open_source
@@ -196,6 +197,7 @@ def score(classifier: Classifier, features: torch.Tensor, target: torch.Tensor) 
     return 100 * (guess == target).double().mean().item()
 
 
+@printing(failed=end)
 def cli(arguments: list[str] | None = None) -> None:
     """Run the command line; a mistake ends the program with one line that names it."""
     parser = ArgumentParser(description=__doc__.splitlines()[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -105,7 +106,7 @@ def create_frozen(
 
     Raises:
         ModelError: If timm does not know the name, it has no weights or not the dataset's classes,
-            or has them in another order, where it tells their names.
+            or has them or some of them in another order, where it tells their names.
     """
     model: Any = _create(role, name, device, pretrained=True).eval().requires_grad_(False)
     if label_names is None:
@@ -123,7 +124,34 @@ def create_frozen(
             f"{names[place]!r} to it and {label_names[place]!r} to the dataset; give the dataset "
             "its order, or train it on this one"
         )
+    if names and (moved := _moved(names, label_names)):
+        here, there = moved
+        raise ModelError(
+            f"{role} {name!r} has some of the dataset's classes at other places: class {here} is "
+            f"{names[here]!r} to it, and class {there} {label_names[there]!r} to the dataset; give "
+            "the dataset its classes and their order, or train it on this one"
+        )
     return model
+
+
+def _moved(names: Sequence[str], label_names: Sequence[str]) -> tuple[int, int] | None:
+    """Return the places of a class that a model and a dataset both know, if they differ.
+
+    Spelling does not make another class; numbers are no names. A name can stand for several
+    classes, as ImageNet's 'crane' does.
+    """
+    places: dict[str, list[int]] = {}
+    for place, name in enumerate(label_names):
+        places.setdefault(_plain(name), []).append(place)
+    for place, name in enumerate(names):
+        theirs = places.get(_plain(name), [place])
+        if place not in theirs and not name.isdigit():
+            return place, theirs[0]
+    return None
+
+
+def _plain(name: str) -> str:
+    return "".join(name.casefold().replace("_", "").replace("-", "").split())
 
 
 def _names_of(model: Any, label_names: Sequence[str]) -> list[str] | None:
@@ -157,6 +185,36 @@ def refusals(name: str, size: int) -> Iterator[None]:
         raise ModelError(
             f"{name} cannot take {size}x{size} images: {error}; choose another, or another "
             "image_size"
+        ) from error
+
+
+def check_lone_image(
+    network: nn.Module, image: torch.Tensor, *, name: str, batch_size: int, processes: int
+) -> None:
+    """Refuse a module that cannot train on one image, as batch norm cannot on a map of 1x1.
+
+    A copy is shown it, and what that draws is taken back, so that nothing of the run moves.
+
+    Args:
+        network: In the mode in which it trains.
+        image: One, `[1, 3, H, W]`.
+        name: What the error calls it.
+        batch_size: Of all processes.
+        processes: How many there are.
+
+    Raises:
+        ModelError: If it refuses.
+    """
+    devices = [image.device] if image.device.type == "cuda" else []
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            copy.deepcopy(network)(image)
+    except ValueError as error:
+        height, width = image.shape[-2:]
+        raise ModelError(
+            f"batch_size={batch_size} leaves a process one image, on which {name} cannot train at "
+            f"{width}x{height} ({error}), as batch norm needs two values a channel; use "
+            f"batch_size={2 * processes} or more"
         ) from error
 
 

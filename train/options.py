@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import os
 import re
 import sys
 from abc import ABC, abstractmethod
@@ -237,8 +238,9 @@ class Options(ABC):
         """Read a recipe that a run or a person wrote.
 
         Raises:
-            ValueError: If an option is unknown, missing or of the wrong type.
+            ValueError: If it cannot be read, or an option is unknown, missing or of the wrong type.
         """
+        check_text(path)
         parser = ArgumentParser(exit_on_error=False, parser_mode=MODE)
         cls.add_to(parser)
         try:
@@ -316,13 +318,42 @@ def _config_first(argv: list[str]) -> list[str]:
         return argv
     if given.resume and given.run and not configs.config:
         saved = Path(given.run) / "recipe.yaml"
-        configs.config = [str(saved)] if saved.is_file() else []
+        # which is false where a name is too long, and pathlib's raises
+        configs.config = [str(saved)] if os.path.isfile(saved) else []
         if not configs.config and not rest:
             sys.exit(
                 f"error: {given.run} holds no run to resume (there is no {saved}); name another, "
                 "or begin one by its options"
             )
+    for path in configs.config:
+        if ":" in path and not os.path.lexists(path):
+            continue  # options themselves, which jsonargparse takes in a file's place
+        try:
+            check_text(Path(path))
+        except ValueError as error:
+            sys.exit(f"error: {error}")
     return [*(part for path in configs.config for part in ("--config", path)), *others]
+
+
+def check_text(path: Path) -> None:
+    """Refuse a recipe that is no text in UTF-8.
+
+    Raises:
+        ValueError: If it is not, or cannot be read.
+    """
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+        return  # a pipe, which could not be read again
+    try:
+        path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"the recipe {path} is not in UTF-8 (line {line}); save it as UTF-8"
+        ) from error
+    except OSError as error:
+        raise ValueError(
+            f"cannot read the recipe {path}: {error.strerror}; name a YAML file that can be read"
+        ) from error
 
 
 def default_run(recipe: Options, configs: list[Any]) -> str:

@@ -9,6 +9,7 @@ Boxes carry their class and confidence; masks are coloured by class, their names
 from __future__ import annotations
 
 import itertools
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import ClosedUnitInterval, PositiveInt
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from timm.data import resolve_model_data_config
 from torchvision.models.detection.ssd import SSD
 from torchvision.transforms import v2
@@ -28,6 +29,8 @@ from batches import Normalize
 from disk import DiskError, writing
 from gld_zoo.cli import find_images, read_images
 from gld_zoo.downstream import load_downstream
+from gld_zoo.explain import drawable
+from gld_zoo.output import end, printing
 from segmentation_data import MeasuringTransform
 
 CPU = torch.device("cpu")
@@ -47,9 +50,10 @@ def draw_boxes(model: Any, image: torch.Tensor, threshold: float) -> tuple[torch
         return image, "nothing"
     boxes, colors = found["boxes"][keep], [_color(label) for label in labels]
     picture = v2.functional.to_pil_image(draw_bounding_boxes(image, boxes, colors=colors, width=2))
-    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(11)
+    pen = ImageDraw.Draw(picture)
     # the surest last, over the others
     for name, color, (x, y, *_) in reversed(list(zip(names, colors, boxes.tolist(), strict=True))):
+        name, font = drawable(name, 11)
         pen.rectangle(pen.textbbox((x + 3, y), name, font=font), fill=color)
         pen.text((x + 3, y), name, fill="white", font=font)
     return v2.functional.pil_to_tensor(picture), ", ".join(names)
@@ -93,7 +97,8 @@ def _with_key(image: torch.Tensor, entries: list[tuple[str, tuple[int, ...]]]) -
     for i, (name, color) in enumerate(entries):
         top = 4 + i * line
         pen.rectangle((left, top, left + 10, top + 10), fill=color)
-        pen.text((left + 16, top - 2), name, fill="black")
+        name, font = drawable(name, 10)
+        pen.text((left + 16, top - 2), name, fill="black", font=font)
     return v2.functional.pil_to_tensor(picture)
 
 
@@ -104,8 +109,8 @@ def _color(label: int) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def cli(arguments: list[str] | None = None) -> None:
-    """Run the command line; a mistake ends the program with one line that names it."""
+def build_parser() -> ArgumentParser:
+    """Return the parser of the command line."""
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path, help="run folder, or a folder such as its last/")
     parser.add_argument("images", type=str, nargs="+", help="file, folder or pattern")
@@ -118,14 +123,29 @@ def cli(arguments: list[str] | None = None) -> None:
         type=PositiveInt | None,
         help="longer side in pixels that a segmenter sees; null: as it was measured",
     )
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def cli(arguments: list[str] | None = None) -> None:
+    """Run the command line; a mistake ends the program with one line that names it."""
+    with printing(failed=end):  # the help
+        options = build_parser().parse_args(arguments)
     failed: list[Path] = []
-    try:
-        for line in draw(options, failed):
-            print(line)
-    except (DiskError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    with printing(failed=go_on):
+        try:
+            for line in draw(options, failed):
+                print(line)
+        except (DiskError, ValueError) as error:
+            sys.exit(f"error: {error}")
     sys.exit(int(bool(failed)))
+
+
+def go_on(error: OSError) -> None:
+    """Tell that images are drawn although nobody reads of it."""
+    print(
+        f"standard output takes no more ({error.strerror}); the drawings go on without messages",
+        file=sys.stderr,
+    )
 
 
 def draw(options: Any, failed: list[Path]) -> Iterator[str]:
@@ -140,7 +160,7 @@ def draw(options: Any, failed: list[Path]) -> Iterator[str]:
         ValueError: If the folder holds no model, or drawings would go where the images are.
     """
     last = options.model / "last"
-    model = load_downstream(last if last.is_dir() else options.model)
+    model = load_downstream(last if os.path.isdir(last) else options.model)
     size = options.image_size or model.config["image_size"]
     if size is None and not isinstance(model, SSD):
         raise ValueError(

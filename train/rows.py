@@ -6,12 +6,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, cast
 
+import numpy as np
 import torch
 from datasets import Dataset, Image
 from PIL import Image as PILImage
 
 from gld_zoo.images import to_rgb
 
+DEPTH_SAMPLE = 32  # images of a split whose depth is looked at
 Table = Any  # Dataset or IterableDataset, which share no base class
 
 
@@ -56,6 +58,30 @@ class ImageRows:
         if split is None and len(splits) == 1:  # of a table made here, which has no name
             (split,) = splits.values()
         return (split.num_examples or None) if split else None
+
+    def note_of_depth(self) -> str | None:
+        """Return a note if the images seem to hold 12 bits in 16; None for all others.
+
+        A few are looked at, spread over the split, and of other images only the first. One such
+        image may be dark, and a set of them may too: a note, no error.
+        """
+        if not isinstance(self.table, Dataset):
+            return None
+        largest = 0
+        for row in range(0, len(self), max(1, len(self) // DEPTH_SAMPLE)):
+            try:
+                image = Image().decode_example(self.table[row][self.image_column])
+            except Exception:  # which is told of where it is read
+                return None
+            if not image.mode.startswith("I"):
+                return None
+            largest = max(largest, int(np.asarray(image).max()))
+        if not 255 < largest < 4096:
+            return None
+        return (
+            f"the 16-bit images of {self.where} hold values up to {largest}, so they are read almost "
+            "black; multiply them by 16, or write 8 bits"
+        )
 
     def place(self, row: int) -> str:
         """Return how people find a row: its number in the dataset, and the split."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -19,6 +21,8 @@ from options import Options
 
 LOCK = ".lock"
 REDRAW_SECONDS = 60.0  # a picture takes the better part of one
+# stands for the longest path within a run folder
+LONGEST = f"checkpoints/{'x' * 40}/{'x' * 40}"
 
 
 class RunError(RuntimeError):
@@ -36,7 +40,7 @@ class RunFolder:
 
     Raises:
         RunError: If the folder holds a run and `resume` is false, another recipe's run or other
-            files, or a file stands in its place.
+            files, a file stands in its place, or it cannot be read or named so.
     """
 
     def __init__(self, path: Path, recipe: Options, *, resume: bool) -> None:
@@ -47,9 +51,34 @@ class RunFolder:
         self.history: list[dict[str, Any]] = []
         self._lock: Any = None
         self._drawn = -math.inf
+        self._check_name()
         self._check()
 
+    def _check_name(self) -> None:
+        """Refuse a name that the disk does not take, before the folders above it are made."""
+        folders = [self.path, *self.path.parents]
+        there = next((folder for folder in folders if os.path.isdir(folder)), self.path)
+        # what does not exist hides that a name below it is too long, so each is asked for by itself
+        parts = [there / part for part in self.path.relative_to(there).parts]
+        for path in (*parts, self.path / LONGEST):
+            try:
+                path.lstat()
+            except OSError as error:
+                if error.errno == errno.ENAMETOOLONG:
+                    raise RunError(
+                        f"the name of the run folder {self.path} is too long; name a shorter one "
+                        "by --run"
+                    ) from error
+
     def _check(self) -> None:
+        try:
+            self._check_content()
+        except OSError as error:
+            raise RunError(
+                f"cannot read the run folder {self.path}: {error.strerror}; name another by --run"
+            ) from error
+
+    def _check_content(self) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise RunError(f"{self.path} is a file; name another run folder by --run")
         if not self.path.is_dir() or all(

@@ -99,7 +99,8 @@ class Segmenter(TransferTrainer):
             image_column=recipe.image_column,
             mask_column=recipe.mask_column,
         )
-        self.warned = False
+        checks = [rows.check() for rows in (self.source.train, self.source.test)]
+        self.notes = [note for note in checks if note]
         model = self.create(create_deeplabv3plus, recipe.num_classes, recipe.output_stride)
         config = resolve_model_data_config(model.backbone)
         augmented = training_transform(recipe.image_size, config["mean"])
@@ -122,7 +123,11 @@ class Segmenter(TransferTrainer):
 
     @torch.no_grad()
     def measure(self, model: nn.Module, batches: EvalBatches) -> dict[str, float]:
-        """Return the mean loss of the images that count, the mean IoU, and the pixel accuracy."""
+        """Return the mean loss of the images that count, the mean IoU, and the pixel accuracy.
+
+        Raises:
+            DataError: If the masks hold less than two classes, of which any model is right.
+        """
         self.share_buffers(model)
         model.eval()
         device = self.accelerator.device
@@ -145,20 +150,18 @@ class Segmenter(TransferTrainer):
         if self.accelerator.num_processes > 1:
             sums = self.accelerator.reduce(sums.to(device)).cpu()
         matrix = counts.compute().cpu().double()  # Apple's GPUs have no float64
-        self._warn_of_few_classes(int((matrix.sum(1) > 0).sum()))
+        classes = (matrix.sum(1) > 0).nonzero().flatten().tolist()
+        if len(classes) < 2:
+            raise self.source.test.too_few(classes)
         return dict(
             loss=(sums[0] / sums[1].clamp_min(1)).item(),
             miou=100 * mean_iou(matrix),
             accuracy=100 * (matrix.trace() / matrix.sum().clamp_min(1)).item(),
         )
 
-    def _warn_of_few_classes(self, count: int) -> None:
-        if count < 2 and not self.warned:
-            self.warned = True
-            self.accelerator.print(
-                f"the masks of {self.source.test.where} hold {count} classes beside {IGNORE}, "
-                "which is ignored; a mask of two classes has the values 0 and 1"
-            )
+    def introduction(self) -> list[str]:
+        """Return what to tell of the images, and of masks that seem to hold one class."""
+        return [*super().introduction(), *self.notes]
 
     def describe_model(self) -> str:
         """Return the segmenter's name."""

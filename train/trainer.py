@@ -113,7 +113,9 @@ class Trainer(ABC):
         data = self.data
         held = f", {data.val.count:,} held out" if data.val else ""
         tests = "" if data.test.count is None else f"{data.test.count:,} "
-        return [f"{self.source.name}: {data.train.count:,} training and {tests}test images{held}"]
+        counts = f"{data.train.count:,} training and {tests}test images{held}"
+        note = self.source.train.note_of_depth()
+        return [f"{self.source.name}: {counts}" + (f"; {note}" if note else "")]
 
     @abstractmethod
     def describe_model(self) -> str:
@@ -400,15 +402,11 @@ class Trainer(ABC):
 
     def finish(self) -> dict[str, Any]:
         """Write the model, and the summary that marks the run as finished."""
-        if self.data.val:
-            measured = self.score_of(self.data.test)
-        else:  # which the last epoch has just done
-            scores = self.run.history[-1].items()
-            measured = {
-                name.removeprefix("test_"): value
-                for name, value in scores
-                if name.startswith("test_")
-            }
+        # without a held-out part the last epoch has just measured it
+        scores = self.run.history[-1].items()
+        measured = {
+            name.removeprefix("test_"): value for name, value in scores if name.startswith("test_")
+        } or self.score_of(self.data.test)
         if self.accelerator.is_main_process:
             self.export("last")
         summary = summarize(self.run.history, measured, self.score)
