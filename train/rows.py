@@ -79,8 +79,8 @@ class ImageRows:
         if not 255 < largest < 4096:
             return None
         return (
-            f"the 16-bit images of {self.where} hold values up to {largest}, so they are read almost "
-            "black; multiply them by 16, or write 8 bits"
+            f"the 16-bit images of {self.where} hold values up to {largest}, so they are read "
+            "almost black; multiply them by 16, or write 8 bits"
         )
 
     def place(self, row: int) -> str:
