@@ -233,6 +233,8 @@ def changes(
         for name in used.deciding()
         if name not in NOT_COMPARED and getattr(used, name) != getattr(published, name)
     }
+    if used.beta == used.scaled_beta and published.beta == published.scaled_beta:
+        different.pop("beta", None)  # which follows from the batch and the grid
     actual, wanted = teacher and teacher["name"], published.teacher
     if actual != wanted and not (actual and wanted and wanted.startswith("local-dir:")):
         different["teacher"] = actual

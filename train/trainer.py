@@ -289,7 +289,7 @@ class Trainer(ABC):
         trained = self.totals.means(self.accelerator)
         line = dict(
             epoch=epoch + 1,
-            lr=self.optimizer.param_groups[0]["lr"],
+            lr=self.rate(),
             **trained,
             **{f"{split}_{name}": value for name, value in measured.items()},
             images_per_second=round(self.totals.per_second() * recipe.batch_size, 1),
@@ -351,6 +351,11 @@ class Trainer(ABC):
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.lr_at(epoch) * group.get("lr_scale", 1.0)
 
+    def rate(self) -> float:
+        """Return the learning rate, before a layer's own factor."""
+        group = self.optimizer.param_groups[0]
+        return group["lr"] / group.get("lr_scale", 1.0)
+
     def step(self, *batch: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """Train on a batch; return what `forward` did.
 
@@ -389,7 +394,7 @@ class Trainer(ABC):
             if name.startswith("loss")
         )
         rate = self.totals.per_second() * self.recipe.batch_size
-        lr = self.optimizer.param_groups[0]["lr"]
+        lr = self.rate()
         score = means.get(f"train_{self.score}")
         shown = "" if score is None else f"{self.score_title} {score:.1f} "
         return f"{shown}{rate:.0f} images/s lr {lr:g} {terms}"  # a narrow window cuts the end
