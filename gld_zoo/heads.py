@@ -116,8 +116,8 @@ def grids_of(grid: Grid) -> tuple[int, ...]:
     if isinstance(grid, int) and not isinstance(grid, bool):
         return (grid,)
     grids = tuple(grid) if isinstance(grid, Sequence) else ()
-    whole = all(isinstance(side, int) for side in grids)
-    if not grids or not whole or min(grids) < 2 or len(set(grids)) < len(grids):
+    kinds = {type(side) for side in grids}
+    if kinds != {int} or min(grids) < 2 or len(set(grids)) < len(grids):
         raise ValueError(
             f"grid={grid!r} must be a whole number, or different ones above 1 such as (2, 4)"
         )

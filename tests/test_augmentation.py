@@ -162,7 +162,9 @@ def test_a_recipe_mixes_on_both_paths_alike(tiny_dataset, in_memory):
     elsewhere = collect(loaded(tiny_dataset, mixup=1.0, in_memory=not in_memory).epoch(0))
     assert torch.equal(images, elsewhere[0])
     assert torch.equal(labels, elsewhere[1])
-    with pytest.raises(DataError, match="batch_size=6 cannot be mixed in pairs by 2 processes"):
+    with pytest.raises(
+        DataError, match="batch_size=6 cannot be mixed in pairs within each process"
+    ):
         loaded(tiny_dataset, Share(0, 2), batch_size=6, cutmix=1.0, in_memory=in_memory)
 
 

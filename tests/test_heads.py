@@ -244,7 +244,7 @@ def test_wrapper_and_model_take_several_grids_and_compile():
 def test_grids_that_there_cannot_be_are_named(grids):
     model = timm.create_model("gld_resnet20").eval()
     images = torch.randn(1, 3, 32, 32)
-    message = re.escape(f"grid={grids} must be one number or different numbers above 1")
+    message = re.escape(f"grid={grids} must be a whole number, or different ones above 1")
     for logits in (model.forward_logits, lambda images, grid: GlobalLocal(model, grid)(images)):
         with pytest.raises(ValueError, match=message):
             logits(images, grids)
