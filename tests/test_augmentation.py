@@ -162,9 +162,7 @@ def test_a_recipe_mixes_on_both_paths_alike(tiny_dataset, in_memory):
     elsewhere = collect(loaded(tiny_dataset, mixup=1.0, in_memory=not in_memory).epoch(0))
     assert torch.equal(images, elsewhere[0])
     assert torch.equal(labels, elsewhere[1])
-    with pytest.raises(
-        DataError, match="batch_size=6 cannot be mixed in pairs within"
-    ):
+    with pytest.raises(DataError, match="batch_size=6 cannot be mixed in pairs within"):
         loaded(tiny_dataset, Share(0, 2), batch_size=6, cutmix=1.0, in_memory=in_memory)
 
 

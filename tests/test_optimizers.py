@@ -64,6 +64,13 @@ def test_nesterov_is_timms_sgd():
     assert torch.equal(weights(model), weights(other))
 
 
+@pytest.mark.parametrize("name", ["sgdw", "adamp", "lars", "muon"])
+def test_nesterovs_momentum_is_what_the_recipe_says_whatever_timms_default(name):
+    for nesterov in (False, True):
+        optimizer = build_optimizer(recipe(opt=name, nesterov=nesterov), network(), fused=False)
+        assert optimizer.param_groups[0]["nesterov"] == nesterov
+
+
 def test_frozen_weights_are_left_out():
     model = network()
     model[0].requires_grad_(False)
@@ -147,6 +154,8 @@ def test_an_optimiser_that_forgets_is_refused_by_name(monkeypatch):
         (dict(opt="fusedadam"), "opt='fusedadam' cannot be used here"),
         (dict(opt="adamw", momentum=0.8), "momentum=0.8 is not for opt='adamw'"),
         (dict(opt="adamw", nesterov=True), "nesterov=True is not for opt='adamw'"),
+        (dict(nesterov=True, momentum=0.0), "opt='sgd' refuses what it is given: Nesterov"),
+        (dict(layer_decay=0.5), "layer_decay=0.5 finds no layers in this model"),
         (dict(betas=[0.9, 0.99]), r"betas=\[0.9, 0.99\]: opt='sgd' has none"),
         (dict(opt="adan", betas=[0.9, 0.99]), r"betas=\[0.9, 0.99\]: opt='adan' has 3"),
     ],
@@ -174,6 +183,7 @@ def test_gradients_are_clipped_by_their_norm_or_unit_by_unit():
     for name, weight in model.named_parameters():
         torch.testing.assert_close(weight.grad, before[name] * 0.5 / norm, rtol=1e-4, atol=1e-7)
         weight.grad = before[name].clone()
+    model.get_classifier = lambda: model[3]
     clip_gradients(recipe(clip_grad=0.01, clip_mode="agc"), model)
     filters, head = model[0].weight, model[3].weight
     limit = 0.01 * filters.flatten(1).norm(dim=1).clamp_min(1e-3)

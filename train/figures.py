@@ -185,9 +185,10 @@ def curves(runs: dict[str, Path], metrics: list[str], out: Path) -> None:
     for label, folder in runs.items():
         lines = _history(folder)
         for ax, metric in zip(axes[0], metrics, strict=True):
-            if metric not in lines[-1]:
-                sys.exit(f"error: {folder} has no {metric!r}; it has {', '.join(lines[-1])}")
             measured = [line for line in lines if metric in line]
+            if not measured:
+                names = ", ".join(dict.fromkeys(name for line in lines for name in line))
+                sys.exit(f"error: {folder} has no {metric!r}; it has {names}")
             values = [line[metric] for line in measured]
             epochs = [line["epoch"] for line in measured]
             ax.plot(epochs, values, marker=".", label=f"{label}: {values[-1]:.2f}")

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from timm.models import model_parameters
 from timm.optim import create_optimizer_v2, get_optimizer_class, get_optimizer_info, list_optimizers
 from timm.utils import dispatch_clip_grad
 
+from gld_zoo.heads import classifiers
 from models import ModelError
 from options import Options
 
@@ -59,7 +59,10 @@ def _create(recipe: Options, model: nn.Module, *, fused: bool) -> torch.optim.Op
         _refuse_given(recipe, "momentum")
     if "nesterov" not in takes:
         _refuse_given(recipe, "nesterov")
-    options: dict[str, Any] = dict(nesterov=True) if recipe.nesterov else {}
+    options: dict[str, Any] = {}
+    if "nesterov" in takes and (recipe.nesterov or not name.startswith("n")):
+        # of many it is timm's default; nesterov, nlars and the like say it by their name
+        options["nesterov"] = recipe.nesterov
     if recipe.betas is not None:
         if not info.has_betas or len(recipe.betas) != info.num_betas:
             count = info.num_betas if info.has_betas else "none"
@@ -71,22 +74,34 @@ def _create(recipe: Options, model: nn.Module, *, fused: bool) -> torch.optim.Op
     # timm makes groups only of a whole model
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     grouped = recipe.layer_decay is not None or not recipe.decay_norm
-    return create_optimizer_v2(
-        model if grouped else weights,
-        recipe.opt.lower().removesuffix(name) + plain,
-        lr=recipe.lr,
-        weight_decay=recipe.weight_decay,
-        momentum=recipe.momentum,
-        filter_bias_and_bn=not recipe.decay_norm,
-        layer_decay=recipe.layer_decay,
-        **options,
-    )
+    try:
+        optimizer = create_optimizer_v2(
+            model if grouped else weights,
+            recipe.opt.lower().removesuffix(name) + plain,
+            lr=recipe.lr,
+            weight_decay=recipe.weight_decay,
+            momentum=recipe.momentum,
+            filter_bias_and_bn=not recipe.decay_norm,
+            layer_decay=recipe.layer_decay,
+            **options,
+        )
+    except (TypeError, ValueError) as error:  # as of Nesterov's momentum without a momentum
+        raise ModelError(f"opt={recipe.opt!r} refuses what it is given: {error}") from error
+    scales = {group.get("lr_scale", 1.0) for group in optimizer.param_groups}
+    if recipe.layer_decay not in (None, 1.0) and len(scales) == 1:
+        raise ModelError(
+            f"layer_decay={recipe.layer_decay} finds no layers in this model; leave it out"
+        )
+    return optimizer
 
 
 def clip_gradients(recipe: Options, model: nn.Module) -> None:
     """Clip a model's gradients as the recipe says; nothing here waits for a device."""
-    agc = recipe.clip_mode == "agc"  # which leaves the classifier alone
-    weights = list(model_parameters(model, exclude_head=agc))
+    spared: set[int] = set()
+    if recipe.clip_mode == "agc" and hasattr(model, "get_classifier"):
+        parts = classifiers(model)  # which agc leaves alone
+        spared = {id(weight) for part in parts for weight in part.parameters()}
+    weights = [weight for weight in model.parameters() if id(weight) not in spared]
     dispatch_clip_grad(weights, recipe.clip_grad, mode=recipe.clip_mode)
 
 
@@ -207,7 +222,9 @@ class _Trial:
 
     def __init__(self, recipe: Options) -> None:
         torch.manual_seed(0)
-        self.model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 6))
+        model: Any = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 6))
+        model.pretrained_cfg = dict(classifier="2")  # by which timm finds layers
+        self.model: nn.Module = model
         self.optimizer = _create(recipe, self.model, fused=True)
 
     def weights(self) -> list[torch.Tensor]:

@@ -82,9 +82,11 @@ class Recipe(Options):
         "share of the training images to measure on, class by class, where there is no such split; "
         "they are the same for every seed",
     )
-    image_column: str | None = option(None, "column of images; null takes the first of that type")
+    image_column: str | None = option(
+        None, "column of images; null takes the only one, or the usual name"
+    )
     label_column: str | None = option(
-        None, "column of classes, perhaps words; null takes the first of type ClassLabel"
+        None, "column of classes, perhaps words; null takes the only one, or the usual name"
     )
     allow_empty_classes: bool = option(
         False, "train although a class has no training image, which is an error otherwise"

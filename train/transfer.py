@@ -35,7 +35,9 @@ class TransferRecipe(Options):
     test_split: str | None = option(
         None, "split to measure on; null takes 'test', else 'validation'"
     )
-    image_column: str | None = option(None, "column of images; null takes the first of that type")
+    image_column: str | None = option(
+        None, "column of images; null takes the only one, or the usual name"
+    )
     workers: int = option(2, "processes that read images, for each split", decides=False)
 
 
