@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -23,13 +22,11 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "train"))
-
-from batches import Batch, Share, TrainBatches
-from loaders import load_data
-from models import create_student, resolve_data_config
-from recipe import Recipe
-from sources import open_source
+from gld_zoo.training.build.create import create_student, resolve_data_config
+from gld_zoo.training.config.recipe import Recipe
+from gld_zoo.training.data.batches import Batch, Share, TrainBatches
+from gld_zoo.training.data.loaders import load_data
+from gld_zoo.training.data.sources import open_source
 
 
 def paths(recipe: Recipe, workers: list[int]) -> dict[str, Recipe]:

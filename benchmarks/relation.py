@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 from measuring import interleave, peak_memory, ratio
 
-from gld_zoo import relation, relations
+from gld_zoo import relation
+from gld_zoo.distillation import relations
 
 LIMIT = 8e9  # bytes of N x N matrices that the definition may hold
 MATRICES = 6  # float32, held at once: the distances and their rows over norm, twice; gradients

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -17,17 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "train"))
-
 from accelerate import Accelerator
 
-import distiller
-from distiller import Distiller
-from interruption import Interruption
-from recipe import Recipe
-from run_folder import RunFolder
-from trainer import Trainer
+from gld_zoo.training.config.recipe import Recipe
+from gld_zoo.training.engine.interruption import Interruption
+from gld_zoo.training.engine.state import TrainingState
+from gld_zoo.training.engine.trainer import Trainer
+from gld_zoo.training.runs.run_folder import RunFolder
+from gld_zoo.training.tasks import distiller
+from gld_zoo.training.tasks.distiller import Distiller
 
 
 class Clock:
@@ -60,7 +57,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, float]:
     clock.watch(Trainer, "train_one_epoch", "epochs: train")
     clock.watch(Trainer, "step", "epochs: of that, the steps themselves")
     clock.watch(Trainer, "score_of", "epochs: measure the student")
-    clock.watch(Trainer, "save", "epochs: checkpoint")
+    clock.watch(TrainingState, "save", "epochs: checkpoint")
     clock.watch(RunFolder, "write_metrics", "epochs: metrics and curves")
     accelerator = Accelerator(cpu=True, mixed_precision="bf16" if options.bf16 else "no")
     recipe = Recipe(
@@ -71,12 +68,12 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, float]:
         threads=options.threads,
     )
     run = RunFolder(folder / "run", recipe, resume=False)
-    trainer = Distiller(recipe, run, accelerator)
+    trainer = Trainer(Distiller(recipe, accelerator), run)
     run.start(accelerator)
-    clock.watch(trainer, "introduction", "start: measure the teacher")
+    clock.watch(trainer.task, "prepare", "start: measure the teacher")
     clock.watch(trainer, "measure_start", "start: measure the student")
     clock.watch(trainer, "finish", "end: write the model and the summary")
-    trainer.introduction()
+    trainer.task.prepare()
     trainer.measure_start()
     with Interruption(accelerator, max_minutes=None, checkpoint_minutes=30) as interruption:
         trainer.fit(lambda line: None, interruption)

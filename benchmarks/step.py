@@ -6,7 +6,7 @@
 
 naive  a straightforward port, in float32: the teacher in the autograd graph with its gradient, the
        models as they are, the relation through N x N matrices, a plain SGD, the loss read each step
-ours   the step of train/distill.py's `Trainer`, its sums for the log included, on a batch that is
+ours   the step of the trainer's loop, its sums for the log included, on a batch that is
        there; in bfloat16 with `--bf16`, compiled (on a GPU to CUDA graphs) with `--compile`
 floor  student forward, backward and SGD with cross-entropy, and the teacher's forward: channels
        last, folded teacher, no other loss and no data, in the precision of ours
@@ -30,20 +30,18 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
-from torch import nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "train"))
-
 from accelerate import Accelerator
 from measuring import interleave, peak_memory, ratio
+from torch import nn
 
-from distiller import Distiller
 from gld_zoo.hub import save_pretrained
-from interruption import CHECK_EVERY, Interruption
-from models import Teacher
-from recipe import Recipe
-from run_folder import RunFolder
-from totals import Totals
+from gld_zoo.training.build.teacher import Teacher
+from gld_zoo.training.config.recipe import Recipe
+from gld_zoo.training.engine.interruption import CHECK_EVERY, Interruption
+from gld_zoo.training.engine.totals import Totals
+from gld_zoo.training.engine.trainer import Trainer
+from gld_zoo.training.runs.run_folder import RunFolder
+from gld_zoo.training.tasks.distiller import Distiller
 
 SETUPS = dict(
     a=("gld_resnet110", "gld_resnet20"),
@@ -107,15 +105,15 @@ def naive_step(setup: str, batch: int, device: torch.device) -> Step:
     return step
 
 
-def our_step(trainer: Distiller) -> Step:
+def our_step(trainer: Trainer) -> Step:
     """Return the trainer's step and what it does beside it in an epoch."""
     images, target = inputs(trainer.recipe.batch_size, trainer.accelerator.device)
-    trainer.network.train()
+    trainer.task.network.train()
 
     def step() -> None:
-        trainer.totals.add(*trainer.step(images, target))
-        if trainer.totals.steps % CHECK_EVERY == 0:
-            trainer.totals.check(trainer.totals.steps, 0)
+        trainer.state.totals.add(*trainer.step(images, target))
+        if trainer.state.totals.steps % CHECK_EVERY == 0:
+            trainer.state.totals.check(trainer.state.totals.steps, 0)
 
     return step
 
@@ -146,7 +144,7 @@ def floor_step(setup: str, batch: int, accelerator: Accelerator) -> Step:
     return step
 
 
-def build_trainer(options: argparse.Namespace, folder: Path, accelerator: Accelerator) -> Distiller:
+def build_trainer(options: argparse.Namespace, folder: Path, accelerator: Accelerator) -> Trainer:
     """Return a trainer of a setup, its teacher of random weights."""
     teacher, student = SETUPS[options.setup]
     save_pretrained(timm.create_model(teacher, num_classes=100), folder / "teacher")
@@ -159,21 +157,23 @@ def build_trainer(options: argparse.Namespace, folder: Path, accelerator: Accele
         threads=options.threads,
         compile=options.compile,
     )
-    trainer = Distiller(recipe, RunFolder(folder / "run", recipe, resume=False), accelerator)
-    trainer.introduction()  # after which the teacher only teaches
+    trainer = Trainer(
+        Distiller(recipe, accelerator), RunFolder(folder / "run", recipe, resume=False)
+    )
+    trainer.task.prepare()  # after which the teacher only teaches
     return trainer
 
 
-def epoch_ratio(trainer: Distiller) -> float:
+def epoch_ratio(trainer: Trainer) -> float:
     """Return the seconds of the trainer's epoch over its steps times those of `our_step`."""
     step = dict(ours=in_turn(our_step(trainer), trainer.accelerator.device))
     times = interleave(step, rounds=30)["ours"]
-    trainer.totals = Totals(trainer.accelerator.device)
+    trainer.state.totals = Totals(trainer.accelerator.device)
     with Interruption(
         trainer.accelerator, max_minutes=None, checkpoint_minutes=1e9
     ) as interruption:
         trainer.train_one_epoch(0, interruption)
-    seconds, steps = trainer.totals.seconds, trainer.totals.steps
+    seconds, steps = trainer.state.totals.seconds, trainer.state.totals.steps
     times += interleave(step, rounds=30)["ours"]  # machines get faster and slower
     repeats = repeats_on(trainer.accelerator.device)
     return round(seconds / (steps * statistics.mean(times) / repeats / 1000), 3)

@@ -6,10 +6,10 @@ Importing this package registers the `gld_*` models with timm and does nothing e
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from gld_zoo import cifar_resnet, cifar_wrn, gld_resnet  # noqa: F401  registers the models
-from gld_zoo.heads import GlobalLocal, global_local_logits
-from gld_zoo.losses import GLDLoss, logit_kl
-from gld_zoo.relations import relation
+from gld_zoo.distillation.heads import GlobalLocal, global_local_logits
+from gld_zoo.distillation.losses import GLDLoss, logit_kl
+from gld_zoo.distillation.relations import relation
+from gld_zoo.models import cifar_resnet, cifar_wrn, gld_resnet  # noqa: F401  registers the models
 from gld_zoo.version import __version__
 
 __all__ = [
@@ -26,17 +26,17 @@ __all__ = [
 
 
 if TYPE_CHECKING:
-    from gld_zoo.detection import create_ssd300
-    from gld_zoo.segmentation import create_deeplabv3plus
-    from gld_zoo.task import GLDTask
+    from gld_zoo.distillation.task import GLDTask
+    from gld_zoo.downstream.detection import create_ssd300
+    from gld_zoo.downstream.segmentation import create_deeplabv3plus
 
 # torchvision's and timm's training code is for those who ask for it
 LAZY = dict(
-    GLDTask="gld_zoo.task",
-    create_deeplabv3plus="gld_zoo.segmentation",
-    create_ssd300="gld_zoo.detection",
+    GLDTask="gld_zoo.distillation.task",
+    create_deeplabv3plus="gld_zoo.downstream.segmentation",
+    create_ssd300="gld_zoo.downstream.detection",
 )
-MODULES = ("detection", "downstream", "folding", "hub", "segmentation", "task")
+MODULES = ("downstream", "hub", "recipes", "results")
 
 
 def __getattr__(name: str) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,23 +13,13 @@ from typing import Any
 import timm
 import torch
 import torch.nn as nn
-from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from timm.models import parse_model_name
 from timm.models._hub import save_config_for_hf
 
-CIFAR100 = "uoft-cs/cifar100"
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
-CIFAR100_USE = (
-    "Not for decisions about people, nor for images unlike CIFAR-100's: 100 everyday classes, one "
-    "centred object, 32 x 32 pixels."
-)
-CIFAR100_TERMS = (
-    "CIFAR-100 comes from web search, with its biases; its licence is unknown, and about 10 % of "
-    "its test images have a near-duplicate in training (Barz and Denzler, arXiv:1902.00423)."
-)
+from gld_zoo.model_card import model_card
 
 
 def save_pretrained(
@@ -163,7 +152,7 @@ def push_to_hub(
     model: nn.Module,
     repo_id: str,
     *,
-    results: dict[str, Any],
+    results: dict[str, Any] | None = None,
     private: bool | None = None,
     token: str | None = None,
     revision: str | None = None,
@@ -175,7 +164,8 @@ def push_to_hub(
     Args:
         model: A timm model.
         repo_id: ORG/NAME, made if it is not there.
-        results: What was measured, as for `model_card`.
+        results: What was measured, as for `model_card`; without it the card says that nothing was,
+            and one that the repository has already is kept.
         private: Of a new repository; None leaves it to the organisation.
         token: Of the hub; None takes the one logged in with.
         revision: Branch to commit to; None is the default one.
@@ -191,6 +181,10 @@ def push_to_hub(
     """
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(model, folder, results=results, repo_id=repo_id, **options)
+        if results is None and not HfApi(token=token).file_exists(
+            repo_id, "README.md", revision=revision
+        ):
+            model_card(model, None, repo_id).save(Path(folder) / "README.md")
         return push_folder(
             folder,
             repo_id,
@@ -217,95 +211,3 @@ def push_folder(
         repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message
     )
     return commit.commit_url
-
-
-def model_card(model: Any, results: dict[str, Any], repo_id: str) -> ModelCard:
-    """Return a card: what was measured, how to use and repeat it, terms and citation.
-
-    The scores are in the hub's own metadata too, where its leaderboards and searches look.
-
-    Args:
-        model: A timm model.
-        results: An entry of this package's results.json, or one like it: `dataset` (hub id, or any
-            name), `teacher` (its name, None for labels alone), `parameters`, `recipe`, `changes`,
-            `precision`, `hardware`, `sha256` and `runs`, whose first has `seed`, `commit`, `top1`,
-            `top5`, `best_epoch` and `best_epoch_top1` (and `best_epoch_split`, 'test' without it).
-            Optional are `license`, a hub identifier, `finetuned_from`, the name of the weights it
-            began with, `selected`, true if they are the best epoch's instead of the last,
-            `test_split`, the name of the split measured on, and `files`, lines about other files.
-        repo_id: ORG/NAME, where the model will be.
-
-    Raises:
-        ValueError: If something is missing in `results`; it names what.
-    """
-    _check_results(results)
-    run, teacher, start = results["runs"][0], results["teacher"], results.get("finetuned_from")
-    teacher = teacher["name"] if isinstance(teacher, dict) else teacher
-    dataset = results["dataset"]
-    is_cifar100 = dataset in ("cifar100", CIFAR100)
-    hub_id = CIFAR100 if is_cifar100 else dataset if HUB_ID.fullmatch(dataset) else None
-    title = "CIFAR-100" if is_cifar100 else dataset
-    tested = results.get("test_split", "test")
-    best_split = run.get("best_epoch_split", "test")
-    licence, files = results.get("license"), results.get("files", [])
-    origin = f"distilled by GLD from `{teacher}`" if teacher else "trained on the labels alone"
-    measured: dict[str, Any] = dict(
-        task_type="image-classification",
-        dataset_type=hub_id or re.sub(r"[^\w.-]+", "-", dataset, flags=re.ASCII),
-        dataset_name=title,
-        dataset_split=tested,
-    )
-    data = ModelCardData(
-        model_name=repo_id.split("/")[-1],
-        license=licence,
-        library_name="timm",
-        pipeline_tag="image-classification",
-        tags=["timm", "image-classification", "knowledge-distillation"],
-        datasets=[hub_id] if hub_id else None,
-        base_model=[found for name in (start, teacher) if (found := _hub_id(name))] or None,
-        eval_results=[
-            EvalResult(metric_type="accuracy", metric_name=name, metric_value=run[key], **measured)
-            for name, key in (("Top-1", "top1"), ("Top-5", "top5"))
-        ],
-    )
-    text = (Path(__file__).parent / "model_card.md").read_text(encoding="utf-8")
-    filled = text.format(
-        repo_id=repo_id,
-        architecture=model.pretrained_cfg["architecture"],
-        origin=f"fine-tuned from `{start}`, {origin}" if start else origin,
-        dataset=title,
-        use=CIFAR100_USE if is_cifar100 else f"Not for images unlike those of {title}.",
-        terms=CIFAR100_TERMS if is_cifar100 else f"The terms of {title} are in its own card.",
-        files="".join(f"\n- {line}" for line in files) + ("\n" if files else ""),
-        changes=describe_changes(results),
-        licence=licence or "none is stated",
-        epoch="best" if results.get("selected") else "last",
-        tested=tested,
-        split=tested if best_split == "test" else best_split,
-        run=run,
-        results=results,
-    )
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{filled}")
-
-
-def describe_changes(results: dict[str, Any]) -> str:
-    """Return the options that an entry of results.json changed from its recipe, or 'none'."""
-    return ", ".join(f"{name} {value}" for name, value in results["changes"].items()) or "none"
-
-
-def _check_results(results: dict[str, Any]) -> None:
-    entry = ("dataset", "teacher", "parameters", "recipe", "changes", "precision", "hardware")
-    run = ("seed", "commit", "top1", "top5", "best_epoch", "best_epoch_top1")
-    missing = [key for key in (*entry, "sha256", "runs") if key not in results]
-    first = (results.get("runs") or [{}])[0]
-    missing += [f"runs[0].{key}" for key in run if key not in first]
-    if missing:
-        raise ValueError(f"results has no {', '.join(missing)}, which a card tells")
-
-
-def _hub_id(name: str | None) -> str | None:
-    """Return the hub id in a timm name that has one."""
-    if not name:
-        return None
-    source, model = parse_model_name(name)
-    return model.partition("@")[0] if source == "hf-hub" else None

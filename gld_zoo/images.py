@@ -1,6 +1,12 @@
-"""Pictures of any kind as models take them."""
+"""Pictures of any kind as models take them, and where people say they are."""
 
 from __future__ import annotations
+
+import glob
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -26,3 +32,39 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def find_images(patterns: Sequence[str]) -> Iterator[Path]:
+    """Yield files: those named, those in folders by suffix, those that patterns match."""
+    suffixes = {
+        suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN
+    }
+    for pattern in patterns:
+        literal = os.path.lexists(pattern)
+        for path in map(Path, [pattern] if literal else _matches(pattern)):
+            if os.path.isdir(path):  # false for a name that is too long, where pathlib raises
+                files = sorted(file for file in path.rglob("*") if file.is_file())
+                yield from (file for file in files if file.suffix.lower() in suffixes)
+            else:
+                yield path
+
+
+def _matches(pattern: str) -> list[str]:
+    """Return what a pattern matches, or itself if nothing, to be named as not there."""
+    return sorted(glob.glob(pattern, recursive=True)) or [pattern]
+
+
+def read_image(path: Path) -> Image.Image:
+    """Read an image as RGB; a damaged one may raise anything, by its format."""
+    with Image.open(path) as image:
+        return to_rgb(image)
+
+
+def read_images(patterns: Sequence[str], failed: list[Path]) -> Iterator[tuple[Path, Image.Image]]:
+    """Yield images that can be read; name the others on standard error and collect them."""
+    for path in find_images(patterns):
+        try:
+            yield path, read_image(path)
+        except Exception as error:
+            print(f"{path}: skipped, {error}", file=sys.stderr)
+            failed.append(path)

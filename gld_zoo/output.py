@@ -13,6 +13,10 @@ from typing import Any, TextIO, cast
 PIPE_ENDED = 141  # as shells show of a program whose reader has ended: 128 and SIGPIPE's number
 
 
+class CommandError(ValueError):
+    """What was asked cannot be done; the message names it and the remedy."""
+
+
 class Output:
     """A stream for printing that never raises; once it takes nothing more, the rest is dropped.
 

@@ -7,28 +7,18 @@ os.environ["ACCELERATE_USE_CPU"] = "true"
 os.environ["OMP_NUM_THREADS"] = "1"  # `pytest -n` runs tests side by side
 
 import contextlib
-import json
 import multiprocessing
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import datasets
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, Image, load_dataset
+from datasets import Image, load_dataset
 
-import gld_zoo
-from distill import cli
+from gld_zoo.training.commands.distill import cli
+from helpers import BUNDLED, SMALL_RUN, launch, write_dataset
 
 datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.2  # after each stream; 5 s by default
-
-CHECKOUT = Path(__file__).parent.parent
-BUNDLED = Path(gld_zoo.__file__).parent / "data" / "cifar100_mini"
-FEATURES = Features(
-    img=Image(), fine_label=ClassLabel(names=["apple", "aquarium_fish", "baby", "bear"])
-)
 
 
 @pytest.fixture(autouse=True)
@@ -64,15 +54,6 @@ def rows():
     return columns
 
 
-def write_dataset(folder, splits, features=FEATURES):
-    """Write `{split: columns}` in hub layout."""
-    for name, columns in splits.items():
-        path = folder / "data" / f"{name}-00000-of-00001.parquet"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Dataset.from_dict(columns, features=features).to_parquet(str(path))
-    return folder
-
-
 @pytest.fixture(scope="session")
 def tiny_dataset(tmp_path_factory, rows):
     """A folder in hub layout with 64 training and 33 test images of four classes."""
@@ -87,40 +68,9 @@ def tiny_dataset(tmp_path_factory, rows):
     )
 
 
-# torchrun's: on a free port, as another test may hold the default one, and by no name to look up
-STANDALONE = ("--standalone", "--local_addr", "127.0.0.1")
-
-
-def launch(*options, processes=1, precision="no", script="distill.py"):
-    """Run a trainer as a user does, in processes of its own; return what it printed."""
-    command = ["accelerate.commands.launch", "--cpu", "--num_processes", "1"]
-    command += ["--mixed_precision", precision]
-    if processes > 1:  # accelerate starts one process on a CPU whatever it is told
-        command = ["torch.distributed.run", *STANDALONE, "--nproc_per_node", str(processes), "--"]
-    environment = dict(os.environ)
-    if not torch.accelerator.is_available():
-        del environment["ACCELERATE_USE_CPU"]  # which a user need not know
-    paths = os.pathsep.join(map(str, (CHECKOUT, CHECKOUT / "train")))
-    result = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            *command,
-            str(CHECKOUT / "train" / script),
-            *map(str, options),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env=dict(environment, PYTHONPATH=paths),
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout + result.stderr
-
-
 @pytest.fixture
 def distill(capsys):
-    """Run `train/distill.py` in this process, which saves the imports; returns what it printed."""
+    """Run `gld-zoo distill` in this process, which saves the imports; returns what it printed."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in the runs of their own, for the same bits
 
@@ -139,10 +89,6 @@ def distill(capsys):
     torch.set_num_threads(threads)
 
 
-SMALL_RUN = ["--student", "gld_wrn16_1", "--epochs", 2, "--batch_size", 16, "--lr", 0.05]
-SMALL_RUN += ["--threads", 1]  # the same bits in every process
-
-
 @pytest.fixture(scope="session")
 def teacher_run(tmp_path_factory, tiny_dataset):
     """A finished run without a teacher, which the others distil from."""
@@ -159,8 +105,3 @@ def student_run(tmp_path_factory, tiny_dataset, teacher_run):
     output = launch(*SMALL_RUN, "--teacher", teacher, "--dataset", tiny_dataset, "--run", folder)
     (folder / "printed.txt").write_text(output)
     return folder
-
-
-def read_lines(path):
-    """Parse a file of JSON lines."""
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]

@@ -15,9 +15,10 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import nn
 
-from distiller import Distiller
-from recipe import Recipe
-from run_folder import RunFolder
+from gld_zoo.training.config.recipe import Recipe
+from gld_zoo.training.engine.trainer import Trainer
+from gld_zoo.training.runs.run_folder import RunFolder
+from gld_zoo.training.tasks.distiller import Distiller
 
 
 def main(dataset, teacher, out, *modes):
@@ -40,21 +41,23 @@ def train(accelerator, dataset, teacher, out, mode):
         sync_batch_norm=mode in ("sync", "mixed", "float32"),
         **(dict(mixup=0.8, cutmix=1.0, label_smoothing=0.1) if mode == "mixed" else {}),
     )
-    trainer = Distiller(recipe, RunFolder(Path(out), recipe, resume=False), accelerator)
-    trainer.criterion.global_batch = mode != "local"
-    trainer.network.train()
+    trainer = Trainer(Distiller(recipe, accelerator), RunFolder(Path(out), recipe, resume=False))
+    trainer.task.criterion.global_batch = mode != "local"
+    trainer.task.network.train()
     if not recipe.sync_batch_norm:
-        for module in trainer.student.modules():
+        for module in trainer.task.student.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.eval()
     losses, gradients = [], []
     for epoch in range(5):
         for images, target in trainer.data.train.epoch(epoch):
-            terms, _ = trainer.forward(images, target)
+            terms, _ = trainer.task.forward(images, target)
             accelerator.backward(terms["loss"])
             means = accelerator.reduce(torch.stack(list(terms.values())).detach(), "mean")
             losses.append(means)
-            gradients.append(torch.cat([p.grad.flatten() for p in trainer.student.parameters()]))
+            gradients.append(
+                torch.cat([p.grad.flatten() for p in trainer.task.student.parameters()])
+            )
             trainer.optimizer.step()
             trainer.optimizer.zero_grad()
     assert len(losses) == 20

@@ -1,12 +1,14 @@
-"""train/detect.py with detections that are the objects, each moved by a few pixels of its own.
+"""`gld-zoo detect` with detections that are the objects, each moved by a few pixels of its own.
 
 An untrained detector finds so little that two measurements of it agree whatever they count.
 """
 
+import sys
+
 import torch
 
-import detector
-from detect import cli
+from gld_zoo.training.commands.detect import cli
+from gld_zoo.training.tasks import detector
 
 
 def losses_and_detections(model, images, targets):
@@ -23,4 +25,4 @@ def losses_and_detections(model, images, targets):
 
 if __name__ == "__main__":
     detector.losses_and_detections = losses_and_detections
-    cli()
+    cli(sys.argv[1:])

@@ -1,6 +1,7 @@
 """The command, on real images of many formats; bad ones are named and skipped."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -13,13 +14,16 @@ import timm
 import torch
 from PIL import Image
 
-import predict
 from gld_zoo import cli, create_deeplabv3plus, global_local_logits
-from gld_zoo.cli import class_names, find_images, main, read_image
-from gld_zoo.downstream import save_downstream
+from gld_zoo.cli import main
+from gld_zoo.downstream.saving import save_downstream
 from gld_zoo.explain import HEAD, SIDE, drawable, explain, seen_part
 from gld_zoo.hub import save_pretrained
-from rows import ImageRows
+from gld_zoo.images import find_images, read_image
+from gld_zoo.predictor import class_names
+from gld_zoo.results import Results
+from gld_zoo.training.commands import draw
+from gld_zoo.training.data.rows import ImageRows
 
 FORMATS = ["png", "jpg", "webp", "bmp", "gif", "tif"]
 
@@ -81,7 +85,7 @@ def test_whatever_a_damaged_file_raises_is_named(pictures, error, monkeypatch, c
     def fail(image):
         raise error
 
-    monkeypatch.setattr("gld_zoo.cli.to_rgb", fail)
+    monkeypatch.setattr("gld_zoo.images.to_rgb", fail)
     output = run(capsys, "predict", pictures / "0.png", code=1)
     assert f"0.png: skipped, {error}" in output
     message = run(capsys, "explain", pictures / "0.png", "-o", "x.png", code="error")
@@ -100,7 +104,7 @@ def test_nothing_to_do_and_unknown_models_are_errors(pictures, tmp_path, capsys)
     message = run(capsys, "predict", pictures, "--model", "gld_resnet44", code="error")
     assert "--model 'gld_resnet44' cannot be created: No pretrained weights" in message
     message = run(capsys, "info", "resnet18", code="error")
-    assert "not a model of this zoo; it holds gld_resnet" in message
+    assert "is neither a model of this zoo nor a recipe; it holds gld_resnet" in message
     message = run(capsys, "info", "gld_wrn16_1.nope", code="error")
     assert "'gld_wrn16_1.nope' is not on record; gld_wrn16_1 has gld_wrn16_1." in message
 
@@ -314,9 +318,10 @@ def test_names_that_the_terminal_cannot_hold_are_escaped(
     line = to_ascii(printed_to, main, "explain", image, "-o", drawn, *model)
     assert f"{ESCAPED}-out.png: 640 x" in line
     assert drawn.is_file()
-    results = cli._results()
-    results["weights"]["gld_wrn16_1.ce_cifar100"]["hardware"] = STRANGE
-    monkeypatch.setattr(cli, "_results", lambda: results)
+    results = Results.load()
+    row = results.weights["gld_wrn16_1.ce_cifar100"]
+    results.weights["gld_wrn16_1.ce_cifar100"] = dataclasses.replace(row, hardware=STRANGE)
+    monkeypatch.setattr(Results, "load", lambda: results)
     assert ESCAPED in to_ascii(printed_to, main, "info", "gld_wrn16_1")
     assert "wrn16_2_cifar100 (" in to_ascii(printed_to, main, "list")
 
@@ -329,13 +334,13 @@ def test_predictions_of_a_segmenter_are_escaped_and_do_not_need_a_reader(
     image = tmp_path / f"{STRANGE}.png"
     image.write_bytes((pictures / "0.png").read_bytes())
     options = [tmp_path / "model", image, pictures / "1.jpg", "--out"]
-    lines = to_ascii(printed_to, predict.cli, *options, tmp_path / "drawn")
+    lines = to_ascii(printed_to, draw.cli, *options, tmp_path / "drawn")
     assert f"{ESCAPED}.png: " in lines
     assert r"L\xf6we " in lines or r"\u4e2d " in lines
     with ended_pipe() as pipe:
-        assert printed_to(pipe, predict.cli, *options, tmp_path / "unread") == 0
+        assert printed_to(pipe, draw.cli, *options, tmp_path / "unread") == 0
     assert "the drawings go on" in capsys.readouterr().err
-    message = printed_to(sys.stdout, predict.cli, "x" * 300, image, "--out", tmp_path / "out")
+    message = printed_to(sys.stdout, draw.cli, "x" * 300, image, "--out", tmp_path / "out")
     assert message.startswith("error: ")
     drawn, unread = (sorted((tmp_path / name).iterdir()) for name in ("drawn", "unread"))
     assert [path.name for path in unread] == [path.name for path in drawn]

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from gld_zoo import hub
-from gld_zoo.downstream import create_backbone
+from gld_zoo.downstream.saving import create_backbone
 from gld_zoo.hub import create_model, save_pretrained
 
 

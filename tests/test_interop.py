@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import BUNDLED
 from PIL import Image
 from torch import nn
 
 import gld_zoo  # noqa: F401  registers the models
-from evaluate import evaluate
 from gld_zoo.hub import save_pretrained
-from sources import ImageSource
+from gld_zoo.training.data.sources import ImageSource
+from gld_zoo.training.measure.evaluation import evaluate
+from helpers import BUNDLED
 
 NAMES = ["ant", "bee", "cat", "dog"]
 

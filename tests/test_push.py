@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import BUNDLED, CHECKOUT
-from hub_server import serve
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 import gld_zoo
 from gld_zoo.hub import save_pretrained
+from helpers import BUNDLED
+from hub_server import serve
 
 RESULTS = json.loads((Path(gld_zoo.__file__).parent / "results.json").read_text())["weights"]
 NAME = "gld_wrn16_1.wrn16_2_cifar100"
@@ -61,10 +61,9 @@ api = HfApi()
 api.create_repo("someone/images", repo_type="dataset")
 api.upload_folder(repo_id="someone/images", repo_type="dataset", folder_path={str(BUNDLED)!r})
 """
-PULL_DATASET = f"""
+PULL_DATASET = """
 import sys
-sys.path.insert(0, {str(CHECKOUT / "train")!r})
-from sources import ImageSource
+from gld_zoo.training.data.sources import ImageSource
 for streaming in (False, True):
     source = ImageSource("someone/images", streaming=streaming)
     row = next(iter(source.train.table))
@@ -138,10 +137,9 @@ def test_a_broken_download_is_never_used(hub, tmp_path):
 @pytest.mark.slow
 def test_a_finished_run_goes_to_the_hub_and_comes_back(hub, student_run, tmp_path):
     server, address, _ = hub
-    code = f"""
+    code = """
 import sys
-sys.path.insert(0, {str(CHECKOUT / "train")!r})
-from export import cli
+from gld_zoo.training.commands.export import cli
 cli(sys.argv[1:])
 """
     folder = tmp_path / "out"
@@ -173,6 +171,30 @@ def test_datasets_come_by_hub_id_copied_and_streamed(hub, tmp_path):
     run(PUSH_DATASET, tmp_path / "pusher", address)
     printed = run(PULL_DATASET, tmp_path / "home", address)
     assert printed.splitlines() == 2 * ["2000 1000 100 (32, 32)"]
+
+
+PUSH_UNMEASURED = """
+import sys
+import timm, gld_zoo
+model = timm.create_model("gld_wrn16_1", pretrained=True)
+gld_zoo.hub.push_to_hub(model, "someone/unmeasured", label_names=list(map(str, range(100))))
+"""
+
+
+@pytest.mark.slow
+def test_a_model_of_which_nothing_was_measured_says_so_and_keeps_a_card_that_is_there(
+    hub, tmp_path
+):
+    server, address, _ = hub
+    run(PUSH_UNMEASURED, tmp_path, address)
+    files = server.files["someone/unmeasured"]["main"]
+    card = files["README.md"].decode()
+    assert "**Results.** Nothing was measured." in card
+    assert "model-index" not in card
+    assert "{" not in card.partition("```bibtex")[0]
+    server.commit("someone/unmeasured", {**files, "README.md": b"mine"})
+    run(PUSH_UNMEASURED, tmp_path, address)
+    assert server.files["someone/unmeasured"]["main"]["README.md"] == b"mine"
 
 
 @pytest.mark.parametrize("name", sorted(RESULTS))

@@ -10,80 +10,73 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gld_zoo.hub import describe_changes
+from gld_zoo.results import Results, Row
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [CHECKOUT / "README.md", CHECKOUT / "MODEL_CARD.md"]
 ROLES = ("teacher", "alone", "gld")
 
 
-def setups_table(results: dict[str, Any]) -> list[str]:
+def setups_table(results: Results) -> list[str]:
     """Return one line a setup: ours at the last epoch, the paper's in brackets."""
     lines = [
         "| setup | teacher → student | epochs each (paper) | teacher | student alone | GLD |",
         "|---|---|---|---|---|---|",
     ]
-    trained = results["weights"] | results["runs"]
-    for setup, row in results["setups"].items():
-        entries = [trained.get(row[role]["weights"]) for role in ROLES]
-        if not any(entries):
+    for setup, row in results.setups.items():
+        ours = [results.rows.get(row[role]["weights"]) for role in ROLES]
+        if not any(ours):
             continue
         pair = f"{row['teacher']['model']} → {row['gld']['model']}"
-        epochs = ", ".join(epochs_of(entry, trained) for entry in entries)
+        epochs = ", ".join(epochs_of(each, results.rows) for each in ours)
         scores = [
-            f"{score(entry)} ({paper_score(row[role])})"
-            for role, entry in zip(ROLES, entries, strict=True)
+            f"{mean_of(each)} ({paper_score(row[role])})"
+            for role, each in zip(ROLES, ours, strict=True)
         ]
         cells = [setup, pair, f"{epochs} ({row['paper_epochs'] or '-'})", *scores]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
-def weights_table(results: dict[str, Any]) -> list[str]:
+def weights_table(results: Results) -> list[str]:
     """Return one line a row of runs: what it is, how it was trained, last and best epoch."""
     titles = ["weights", "parameters", "top-1", "top-5", "recipe, changes", "seeds", "on"]
     titles += ["hours", "best epoch"]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    for name, entry in (results["weights"] | results["runs"]).items():
-        best = "; ".join(
-            f"{run['best_epoch_top1']:.2f} at {run['best_epoch']}" for run in entry["runs"]
-        )
+    for name, row in results.rows.items():
         cells = [
-            f"`{name}`" if entry["file"] else f"(`{name}`)",
-            f"{entry['parameters']:,}",
-            score(entry),
-            score(entry, "top5"),
-            f"{entry['recipe']}, {describe_changes(entry)}",
-            ", ".join(str(run["seed"]) for run in entry["runs"]),
-            f"{entry['hardware']}, {entry['precision']}",
-            f"{sum(run['hours'] for run in entry['runs']):.1f}",
-            best,
+            f"`{name}`" if row.file else f"(`{name}`)",
+            f"{row.parameters:,}",
+            row.mean(),
+            row.mean("top5"),
+            f"{row.recipe}, {row.told_changes()}",
+            ", ".join(str(run.seed) for run in row.runs),
+            f"{row.hardware}, {row.precision}",
+            f"{sum(run.hours or 0 for run in row.runs):.1f}",
+            "; ".join(f"{run.best_epoch_top1:.2f} at {run.best_epoch}" for run in row.runs),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
-def commands(results: dict[str, Any]) -> list[str]:
+def commands(results: Results) -> list[str]:
     """Return a block of one command a run, those without a teacher first."""
-    trained = results["weights"] | results["runs"]
     lines, taken = [], set()
-    for name, entry in sorted(trained.items(), key=lambda item: item[1]["teacher"] is not None):
-        for seed in (run["seed"] for run in entry["runs"]):
-            folder = (entry["recipe"], seed)
-            lines.append(command(name, entry, seed, own_folder=folder in taken))
+    for name, row in sorted(results.rows.items(), key=lambda item: item[1].teacher is not None):
+        for seed in (run.seed for run in row.runs):
+            folder = (row.recipe, seed)
+            lines.append(command(name, row, seed, own_folder=folder in taken))
             taken.add(folder)
     return ["```bash", *lines, "```"]
 
 
-def command(name: str, entry: dict[str, Any], seed: int, *, own_folder: bool) -> str:
+def command(name: str, row: Row, seed: int, *, own_folder: bool) -> str:
     """Return the command that repeats a run, perhaps in a folder other than its recipe's."""
-    options: dict[str, Any] = dict(config=f"train/recipes/{entry['recipe']}.yaml")
-    options |= entry["changes"] | dict(seed=seed)
+    options: dict[str, Any] = dict(config=row.recipe, **row.changes, seed=seed)
     if own_folder:
         options["run"] = f"runs/{name}-{seed}"
     values = {
@@ -91,17 +84,17 @@ def command(name: str, entry: dict[str, Any], seed: int, *, own_folder: bool) ->
         for key, value in options.items()
     }
     words = [word for key, value in values.items() for word in (f"--{key}", value)]
-    return shlex.join([*launcher(entry), "train/distill.py", *words])
+    return shlex.join([*launcher(row), "gld_zoo.training.distill", *words])
 
 
-def launcher(entry: dict[str, Any]) -> list[str]:
+def launcher(row: Row) -> list[str]:
     """Return what starts a row's processes; on a CPU Accelerate starts one, whatever it is told."""
-    on_cpu, precision = entry["hardware"].startswith("cpu"), entry["precision"]
-    count = str(entry["processes"])
+    on_cpu, precision, count = row.hardware.startswith("cpu"), row.precision, str(row.processes)
     if on_cpu and count != "1":
         settings = ["ACCELERATE_USE_CPU=true", f"ACCELERATE_MIXED_PRECISION={precision}"]
         used = settings if precision != "float32" else settings[:1]
-        return [*used, "torchrun", "--nproc_per_node", count, "--"]
+        # after -- torchrun does not take --run for an option of its own
+        return [*used, "torchrun", "--nproc_per_node", count, "-m", "--"]
     words = ["accelerate", "launch"]
     if on_cpu:
         words.append("--cpu")
@@ -109,16 +102,16 @@ def launcher(entry: dict[str, Any]) -> list[str]:
         words += ["--num_processes", count]
     if precision != "float32":
         words += ["--mixed_precision", precision]
-    return words
+    return [*words, "-m"]
 
 
-def epochs_of(entry: dict[str, Any] | None, trained: dict[str, Any]) -> str:
+def epochs_of(row: Row | None, rows: dict[str, Row]) -> str:
     """Return a row's epochs, after those of the weights that it began with."""
-    if entry is None:
+    if row is None:
         return "-"
-    start = entry["changes"].get("student")
-    before = f"{epochs_of(trained[start], trained)} + " if start in trained else ""
-    return f"{before}{entry['epochs']}"
+    start = row.changes.get("student")
+    before = f"{epochs_of(rows[start], rows)} + " if start in rows else ""
+    return f"{before}{row.epochs}"
 
 
 def paper_score(role: dict[str, Any]) -> str:
@@ -126,23 +119,19 @@ def paper_score(role: dict[str, Any]) -> str:
     return "-" if role["paper_top1"] is None else f"{role['paper_top1']:.2f}"
 
 
-def score(entry: dict[str, Any] | None, key: str = "top1") -> str:
-    """Return a mean over seeds, with the standard deviation where there are several."""
-    if entry is None:
-        return "-"
-    values = [run[key] for run in entry["runs"]]
-    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{spread}"
+def mean_of(row: Row | None) -> str:
+    """Return a row's mean top-1 over its seeds, if there is such a row."""
+    return "-" if row is None else row.mean()
 
 
-BLOCKS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
+BLOCKS: dict[str, Callable[[Results], list[str]]] = {
     "setups": setups_table,
     "weights": weights_table,
     "commands": commands,
 }
 
 
-def fill(text: str, results: dict[str, Any]) -> str:
+def fill(text: str, results: Results) -> str:
     """Return a document with its blocks rewritten."""
 
     def block(match: re.Match[str]) -> str:
@@ -153,7 +142,7 @@ def fill(text: str, results: dict[str, Any]) -> str:
 
 def main() -> None:
     """Rewrite the blocks of all documents."""
-    results = json.loads((CHECKOUT / "gld_zoo" / "results.json").read_text(encoding="utf-8"))
+    results = Results.load()
     for path in DOCUMENTS:
         path.write_text(fill(path.read_text(encoding="utf-8"), results), encoding="utf-8")
 

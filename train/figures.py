@@ -24,20 +24,21 @@ import torch
 from jsonargparse import auto_cli
 from timm.data import resolve_model_data_config
 
-from batches import Normalize, Transforms
-from evaluate import resolve_name
 from gld_zoo import global_local_logits
-from models import ModelError, create_frozen
-from release import COMPONENTS, RESULTS
-from rows import DataError
-from sources import ImageSource
-from tensor_path import Split, decode
+from gld_zoo.results import PATH, Results
+from gld_zoo.training.build.create import create_frozen
+from gld_zoo.training.common.errors import DataError, ModelError
+from gld_zoo.training.data.batches import Normalize, Transforms
+from gld_zoo.training.data.memory import Split, decode
+from gld_zoo.training.data.sources import ImageSource
+from gld_zoo.training.measure.inputs import resolve_name
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 BUNDLED = "gld_zoo/data/cifar100_mini"
 CPU = torch.device("cpu")
+COMPONENTS = ("alone", "global", "local", "relation", "all")
 
 
 def activations(
@@ -140,32 +141,30 @@ def components(out: Path) -> None:
     Args:
         out: PNG to write.
     """
-    results = json.loads(RESULTS.read_text(encoding="utf-8"))
-    trained = results["weights"] | results["runs"]
-    parts = ("alone", *COMPONENTS, "all")
+    results = Results.load()
     rows = {
-        setup: [trained[row[f"ablation_{part}"]["weights"]] for part in parts]
-        for setup, row in results["setups"].items()
-        if all(f"ablation_{part}" in row for part in parts)
+        setup: [results.rows[row[f"ablation_{part}"]["weights"]] for part in COMPONENTS]
+        for setup, row in results.setups.items()
+        if all(f"ablation_{part}" in row for part in COMPONENTS)
     }
     if not rows:
         sys.exit(
-            f"error: no setup in {RESULTS} has all of ablation_{', ablation_'.join(parts)}; record "
-            "their runs by train/release.py"
+            f"error: no setup in {PATH} has all of ablation_{', ablation_'.join(COMPONENTS)}; "
+            "record their runs by train/release.py"
         )
     figure, axes = plt.subplots(
         1, len(rows), figsize=(4.2 * len(rows), 3.4), layout="constrained", squeeze=False
     )
     for ax, (setup, entries) in zip(axes[0], rows.items(), strict=True):
-        seeds = [[run["top1"] for run in entry["runs"]] for entry in entries]
+        seeds = [[run.top1 for run in entry.runs] for entry in entries]
         means = [statistics.mean(values) for values in seeds]
         spreads = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in seeds]
-        bars = ax.bar(parts, means, yerr=spreads if any(spreads) else None, color="steelblue")
+        bars = ax.bar(COMPONENTS, means, yerr=spreads if any(spreads) else None, color="steelblue")
         ax.bar_label(bars, fmt="%.2f", fontsize=8)
         ax.set_ylim(min(means) - 2, max(means) + 1)
-        row = results["setups"][setup]
+        row = results.setups[setup]
         pair = f"{row['teacher']['model']} → {row['gld']['model']}"
-        epochs, count = entries[0]["epochs"], len(seeds[0])
+        epochs, count = entries[0].epochs, len(seeds[0])
         ax.set_title(f"({setup}) {pair}\n{epochs} epochs, {count} seed{'s' * (count > 1)}")
         ax.set_ylabel("top-1, %")
     _save(figure, out)

@@ -24,18 +24,19 @@ from jsonargparse import ArgumentParser
 from safetensors.torch import load_file, save
 from timm.data import resolve_model_data_config
 
-from batches import Normalize, Transforms
-from disk import sha256
-from evaluate import evaluate
-from finished_run import FinishedRun
+from gld_zoo import recipes, results
 from gld_zoo.hub import save_pretrained
-from models import create_frozen, resolve_data_config
-from recipe import Recipe
-from sources import CHECKOUT, ImageSource
-from tensor_path import decode
+from gld_zoo.results import Results, Row
+from gld_zoo.training.build.create import create_frozen, resolve_data_config
+from gld_zoo.training.common.disk import sha256
+from gld_zoo.training.config.recipe import Recipe
+from gld_zoo.training.data.batches import Normalize, Transforms
+from gld_zoo.training.data.memory import decode
+from gld_zoo.training.data.sources import ImageSource
+from gld_zoo.training.measure.evaluation import evaluate
+from gld_zoo.training.runs.finished_run import FinishedRun
 
-PACKAGE = CHECKOUT / "gld_zoo"
-RESULTS = PACKAGE / "results.json"
+PACKAGE = results.PATH.parent
 LARGEST = 25_000_000  # bytes of a file that travels with the package
 COMPONENTS = ("global", "local", "relation")
 ROLES = ("teacher", "alone", "gld", *(f"ablation_{name}" for name in ("alone", *COMPONENTS, "all")))
@@ -50,15 +51,15 @@ def release(
     *,
     ship: bool = True,
     float16: bool = False,
-) -> dict[str, Any]:
-    """Copy finished runs' log, and weights to ship, into the package; return the row's entry.
+) -> Row:
+    """Copy finished runs' log, and weights to ship, into the package; return their row.
 
     Nothing in the package is touched before all of it has been checked.
 
     Args:
         runs: Finished run folders that differ in their seed; the first one's file is taken.
         name: Architecture and tag of the weights.
-        recipe_name: Stem of the recipe that the runs follow.
+        recipe_name: Of the recipe that the runs follow.
         test_set: Dataset on whose test split the file is measured, in float32.
         ship: Take the weights into the package; otherwise only their log and hash.
         float16: Ship tensors of two or more dimensions in float16.
@@ -69,49 +70,80 @@ def release(
             seed, the teacher's weights are not on record, or the file does not score what the run's
             log says or is too large.
     """
-    architecture, _, tag = name.partition(".")
-    if not tag:
-        raise ValueError(f"--name {name} has no tag; name the weights ARCHITECTURE.TAG")
     finished = [FinishedRun.load(run) for run in runs]
     first = finished[0]
-    for other in finished:
-        if other.recipe.student.partition(".")[0] != architecture:  # perhaps from a tag's weights
-            raise ValueError(f"{other.path} trained {other.recipe.student}, not {name}")
+    check_architecture(finished, name)
     check_seeds(finished)
-    published = Recipe.load(CHECKOUT / "train" / "recipes" / f"{recipe_name}.yaml")
+    published = Recipe.load(recipes.path_of(recipe_name))
     teacher = teacher_on_record(first.summary["teacher"])
     with tempfile.TemporaryDirectory() as temporary:
         folder = repack(first, Path(temporary), float16=float16 and ship)
-        result = evaluate(
-            f"local-dir:{folder}", ImageSource(test_set), grid=0, device=torch.device("cpu")
+        measured = measure(folder, name, first, test_set, tolerance=0.05 if float16 else 0.01)
+        digest = sha256(folder / "model.safetensors")
+        copy_files(folder, first, name, ship=ship)
+    scores = {key: round(measured[key], 2) for key in ("top1", "top5")}
+    return Row.from_dict(
+        dict(
+            first.description(),
+            teacher=teacher,
+            recipe=recipe_name,
+            changes=changes(first.recipe, published, teacher),
+            test_images=measured["images"],
+            parameters=measured["parameters"],
+            file=f"{name}.safetensors" if ship else None,
+            sha256=digest,
+            license="apache-2.0",
+            runs=[dict(first.scores(), **scores), *(other.scores() for other in finished[1:])],
         )
-        scores = {key: round(result[key], 2) for key in ("top1", "top5")}
-        if abs(scores["top1"] - first.summary["top1"]) > (0.05 if float16 else 0.01):
-            raise ValueError(
-                f"{name} scores {scores['top1']:.2f} %, its log says {first.summary['top1']:.2f}"
-            )
-        log = PACKAGE / "weights" / f"{name}.metrics.jsonl"
-        file = folder / "model.safetensors"
-        digest, size = sha256(file), file.stat().st_size
-        if ship and size > LARGEST:
-            raise ValueError(f"{name} has {size:,} bytes, more than {LARGEST:,}; try --float16")
-        shutil.copyfile(first.path / "metrics.jsonl", log)
-        if ship:
-            shutil.copyfile(file, log.with_name(f"{name}.safetensors"))
-            logits = json.dumps(stored_logits(f"local-dir:{folder}")) + "\n"
-            log.with_name(f"{name}.logits.json").write_text(logits, encoding="utf-8")
-    return dict(
-        teacher=teacher,
-        **first.description(),
-        recipe=recipe_name,
-        changes=changes(first.recipe, published, teacher),
-        test_images=result["images"],
-        parameters=result["parameters"],
-        file=f"{name}.safetensors" if ship else None,
-        sha256=digest,
-        license="apache-2.0",
-        runs=[dict(first.scores(), **scores), *(other.scores() for other in finished[1:])],
     )
+
+
+def check_architecture(runs: list[FinishedRun], name: str) -> None:
+    """Refuse a name without a tag, and runs of another architecture.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    architecture, _, tag = name.partition(".")
+    if not tag:
+        raise ValueError(f"--name {name} has no tag; name the weights ARCHITECTURE.TAG")
+    for run in runs:
+        if run.recipe.student.partition(".")[0] != architecture:  # perhaps from a tag's weights
+            raise ValueError(f"{run.path} trained {run.recipe.student}, not {name}")
+
+
+def measure(
+    folder: Path, name: str, run: FinishedRun, test_set: str, *, tolerance: float
+) -> dict[str, Any]:
+    """Return what the very file scores.
+
+    Raises:
+        ValueError: If that is not, to a tolerance in %, what its run's log says.
+    """
+    cpu = torch.device("cpu")
+    measured = evaluate(f"local-dir:{folder}", ImageSource(test_set), grid=0, device=cpu)
+    if abs(round(measured["top1"], 2) - run.summary["top1"]) > tolerance:
+        raise ValueError(
+            f"{name} scores {measured['top1']:.2f} %, its log says {run.summary['top1']:.2f}"
+        )
+    return measured
+
+
+def copy_files(folder: Path, run: FinishedRun, name: str, *, ship: bool) -> None:
+    """Copy a run's log into the package, and what was repacked of it if it ships.
+
+    Raises:
+        ValueError: If the file of weights is too large; nothing is copied.
+    """
+    file, log = folder / "model.safetensors", PACKAGE / "weights" / f"{name}.metrics.jsonl"
+    size = file.stat().st_size
+    if ship and size > LARGEST:
+        raise ValueError(f"{name} has {size:,} bytes, more than {LARGEST:,}; try --float16")
+    shutil.copyfile(run.path / "metrics.jsonl", log)
+    if ship:
+        shutil.copyfile(file, log.with_name(f"{name}.safetensors"))
+        logits = json.dumps(stored_logits(f"local-dir:{folder}")) + "\n"
+        log.with_name(f"{name}.logits.json").write_text(logits, encoding="utf-8")
 
 
 def check_seeds(runs: list[FinishedRun]) -> None:
@@ -148,9 +180,8 @@ def teacher_on_record(teacher: dict[str, Any] | None) -> dict[str, Any] | None:
     """
     if teacher is None:
         return None
-    results = json.loads(RESULTS.read_text(encoding="utf-8"))
-    for name, entry in (results["weights"] | results["runs"]).items():
-        if teacher["sha256"] in _hashes(entry):
+    for name, row in Results.load().rows.items():
+        if teacher["sha256"] in _hashes(row):
             return dict(teacher, name=name)
     if teacher["name"].startswith(("local-dir:", "gld_")):
         digits = teacher["sha256"][:12]
@@ -161,11 +192,11 @@ def teacher_on_record(teacher: dict[str, Any] | None) -> dict[str, Any] | None:
     return teacher
 
 
-def _hashes(entry: dict[str, Any]) -> set[str]:
-    """Return the hashes of an entry's weights: of the file, as trained, and as loaded."""
-    hashes = {entry["sha256"], *(run.get("sha256") for run in entry["runs"])}
-    if entry["file"]:  # perhaps in float16, which timm loads into float32
-        tensors = load_file(PACKAGE / "weights" / entry["file"])
+def _hashes(row: Row) -> set[str | None]:
+    """Return the hashes of a row's weights: of the file, as trained, and as loaded."""
+    hashes = {row.sha256, *(run.sha256 for run in row.runs)}
+    if row.file:  # perhaps in float16, which timm loads into float32
+        tensors = load_file(PACKAGE / "weights" / row.file)
         widened = {
             name: value.float() if value.dtype == torch.float16 else value
             for name, value in tensors.items()
@@ -174,27 +205,24 @@ def _hashes(entry: dict[str, Any]) -> set[str]:
     return hashes
 
 
-def record(
-    results: dict[str, Any], name: str, entry: dict[str, Any], place: tuple[str, str] | None
-) -> None:
-    """Put an entry where it belongs: a name is either a weight that ships or a run that does not.
+def record(found: Results, name: str, row: Row, place: tuple[str, str] | None) -> None:
+    """Put a row where it belongs: a name is either a weight that ships or a run that does not.
 
     Args:
-        results: The content of results.json.
+        found: What is on record, which changes.
         name: Architecture and tag.
-        entry: What `release` returned.
+        row: What `release` returned.
         place: Row and column of the table of setups; None leaves that table as it is.
     """
-    shipped, recorded = results["weights"], results["runs"]
-    into, other = (shipped, recorded) if entry["file"] else (recorded, shipped)
+    into, other = (found.weights, found.runs) if row.file else (found.runs, found.weights)
     other.pop(name, None)
-    into[name] = entry
+    into[name] = row
     if place is None:
         return
     setup, role = place
-    row = results["setups"][setup]
-    row.setdefault(role, dict(model=name.split(".")[0], paper_top1=None))
-    row[role]["weights"] = name
+    roles = found.setups[setup]
+    roles.setdefault(role, dict(model=name.split(".")[0], paper_top1=None))
+    roles[role]["weights"] = name
 
 
 def repack(run: FinishedRun, folder: Path, *, float16: bool) -> Path:
@@ -246,7 +274,7 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", type=Path, nargs="+", help="finished run folders, one a seed")
     parser.add_argument("--name", type=str, required=True, help="architecture.tag of the weights")
-    parser.add_argument("--recipe", type=str, required=True, help="stem of the recipe they follow")
+    parser.add_argument("--recipe", type=str, required=True, help="name of the recipe they follow")
     parser.add_argument(
         "--test_set", type=str, required=True, help="dataset to measure the file on"
     )
@@ -257,12 +285,12 @@ def main() -> None:
         "--float16", action="store_true", help="ship tensors of two or more dimensions in float16"
     )
     options = parser.parse_args()
-    setups = list(json.loads(RESULTS.read_text(encoding="utf-8"))["setups"])
+    setups = list(Results.load().setups)
     if (options.setup is None) != (options.role is None):
         parser.error("--setup and --role are given together, or neither")
     if options.setup and options.setup not in setups:
         parser.error(f"--setup {options.setup} is not in results.json; it has {', '.join(setups)}")
-    entry = release(
+    row = release(
         options.runs,
         options.name,
         options.recipe,
@@ -270,12 +298,12 @@ def main() -> None:
         ship=options.ship,
         float16=options.float16,
     )
-    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    found = Results.load()
     place = (options.setup, options.role) if options.setup else None
-    record(results, options.name, entry, place)
-    RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    scores = ", ".join(f"{run['top1']:.2f}" for run in entry["runs"])
-    print(f"{options.name}: top-1 {scores} %, {entry['file'] or 'not shipped'}")
+    record(found, options.name, row, place)
+    found.save()
+    scores = ", ".join(f"{run.top1:.2f}" for run in row.runs)
+    print(f"{options.name}: top-1 {scores} %, {row.file or 'not shipped'}")
 
 
 if __name__ == "__main__":

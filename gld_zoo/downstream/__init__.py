@@ -1,0 +1,1 @@
+"""SSD300 and DeepLabV3+ on any timm backbone."""

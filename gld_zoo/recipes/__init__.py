@@ -1,0 +1,50 @@
+"""Recipes that come with the package: a YAML file of options each, found by its name."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+OLD_FOLDER = Path("train/recipes")  # where a clone of an earlier version had them
+
+
+def names() -> list[str]:
+    """Return the names of all recipes, in order."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def path_of(name: str) -> Path:
+    """Return the file of a recipe that comes with the package.
+
+    Raises:
+        ValueError: If there is none of that name; it tells the nearest ones.
+    """
+    known = names()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=5, cutoff=0.5) or known
+        raise ValueError(f"there is no recipe {name!r}; there are {', '.join(near)}")
+    return FOLDER / f"{name}.yaml"
+
+
+def find(name: str) -> str:
+    """Return the file that a recipe's name, or a path, means.
+
+    A name goes before a file of that name in the current folder, which `./NAME` means.
+
+    Raises:
+        ValueError: If it is neither; it tells the nearest names.
+    """
+    if name in names():
+        return str(path_of(name))
+    path = Path(name)
+    if os.path.lexists(path):
+        return name
+    if path.parent.parts[-2:] == OLD_FOLDER.parts and path.stem in names():
+        raise ValueError(
+            f"the recipe {name} is part of the package now: name it by --config {path.stem}"
+        )
+    if path.parent == Path() and path.suffix == "":
+        path_of(name)
+    return name

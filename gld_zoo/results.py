@@ -1,0 +1,186 @@
+"""What the zoo has on record: `results.json`, its rows and each seed's run with their types."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+PATH = Path(__file__).parent / "results.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeedRun:
+    """What one run of a row scored at its last epoch, in %, and how.
+
+    `best_epoch` and its score are a note, of the split `best_epoch_split`; `raw_top1` is that of
+    the weights where `top1` is their average's; `sha256` is of the file that the run wrote.
+    """
+
+    seed: int
+    top1: float
+    top5: float
+    best_epoch: int
+    best_epoch_top1: float
+    commit: str
+    best_epoch_split: str = "test"
+    raw_top1: float | None = None
+    hours: float | None = None
+    sha256: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """From what a row's runs were distilled: its name, the hash of its weights, its top-1 in %."""
+
+    name: str
+    sha256: str | None = None
+    top1: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """Runs that differ in their seed alone: what was trained, by which recipe, and the scores.
+
+    `dataset` is a hub id or any name; `recipe` a recipe's name and `changes` the options that were
+    set otherwise; `file` the file of weights that ships, if one does, and `sha256` its hash.
+    `finetuned_from` names the weights that the runs began with, `selected` says that the weights
+    are the best epoch's instead of the last, `files` are lines about what lies beside them.
+    """
+
+    dataset: str
+    teacher: Teacher | None
+    parameters: int
+    recipe: str
+    changes: dict[str, Any]
+    precision: str
+    hardware: str
+    sha256: str
+    runs: list[SeedRun]
+    train_images: int | None = None
+    test_images: int | None = None
+    epochs: int | None = None
+    schedule: str | None = None
+    processes: int = 1
+    versions: dict[str, str] = field(default_factory=dict)
+    file: str | None = None
+    license: str | None = None
+    finetuned_from: str | None = None
+    selected: bool = False
+    test_split: str = "test"
+    files: list[str] = field(default_factory=list)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Row:
+        """Read a row as `results.json` holds it.
+
+        Args:
+            values: By the names of the fields. A teacher may be its name alone, and what is not a
+                field is left out.
+
+        Raises:
+            ValueError: If something is missing; it names what.
+        """
+        missing = _missing(cls, values)
+        runs = values.get("runs") or [{}]
+        missing += [f"runs[0].{name}" for name in _missing(SeedRun, runs[0])]
+        if missing:
+            raise ValueError(f"results has no {', '.join(missing)}, which a card tells")
+        teacher = values["teacher"]
+        if isinstance(teacher, str):
+            teacher = dict(name=teacher)
+        return cls(
+            **dict(
+                _known(cls, values),
+                teacher=teacher and Teacher(**_known(Teacher, teacher)),
+                runs=[SeedRun(**_known(SeedRun, run)) for run in runs],
+            )
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the row as `results.json` holds it, without what is not known or as usual."""
+        row = _told(self)
+        row["teacher"] = self.teacher and _told(self.teacher)
+        row["runs"] = [_told(run) for run in self.runs]
+        return row
+
+    def mean(self, score: str = "top1") -> str:
+        """Return the mean of a score over the seeds, and its standard deviation if several."""
+        values = [getattr(run, score) for run in self.runs]
+        spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.2f}{spread}"
+
+    def told_changes(self) -> str:
+        """Return the options that were set otherwise than in the recipe, or 'none'."""
+        return ", ".join(f"{name} {value}" for name, value in self.changes.items()) or "none"
+
+
+@dataclass(frozen=True)
+class Results:
+    """All rows by architecture and tag: those whose weights ship, and those that are on record.
+
+    `setups` is the paper's table as `results.json` holds it: by setup and role a model, the
+    paper's top-1 and the name of our row.
+    """
+
+    setups: dict[str, Any]
+    weights: dict[str, Row]
+    runs: dict[str, Row]
+
+    @classmethod
+    def load(cls) -> Results:
+        """Read the file that comes with the package."""
+        return cls.from_dict(json.loads(PATH.read_text(encoding="utf-8")))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Results:
+        """Read what the file holds."""
+        weights, runs = (
+            {name: Row.from_dict(row) for name, row in values[part].items()}
+            for part in ("weights", "runs")
+        )
+        return cls(values["setups"], weights, runs)
+
+    def save(self) -> None:
+        """Write the file."""
+        content = dict(
+            setups=self.setups,
+            weights={name: row.to_dict() for name, row in self.weights.items()},
+            runs={name: row.to_dict() for name, row in self.runs.items()},
+        )
+        PATH.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    @property
+    def rows(self) -> dict[str, Row]:
+        """All rows, those whose weights ship first."""
+        return self.weights | self.runs
+
+
+def _missing(kind: Any, values: dict[str, Any]) -> list[str]:
+    required = (
+        each.name
+        for each in dataclasses.fields(kind)
+        if each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING
+    )
+    return [name for name in required if name not in values]
+
+
+def _known(kind: Any, values: dict[str, Any]) -> dict[str, Any]:
+    names = {each.name for each in dataclasses.fields(kind)}
+    return {name: value for name, value in values.items() if name in names}
+
+
+def _told(one: Any) -> dict[str, Any]:
+    """Return a dataclass's fields, in order, without those at an optional one's default."""
+    told = {}
+    for each in dataclasses.fields(one):
+        value = getattr(one, each.name)
+        default = each.default
+        if each.default_factory is not dataclasses.MISSING:
+            default = each.default_factory()
+        if value != default or each.name in ("processes", "file"):
+            told[each.name] = value
+    return told

@@ -1,0 +1,17 @@
+"""Train SSD300 on a timm backbone: the paper's transfer to detection.
+
+    gld-zoo detect --config detect_coco128 --dataset DIR
+    accelerate launch --mixed_precision bf16 -m gld_zoo.training.detect --run RUN --resume
+
+Run folder, resume, time limit, precision and processes are `gld-zoo distill`'s. Options: `--help`.
+"""
+
+from __future__ import annotations
+
+from gld_zoo.training.engine.launch import launch
+from gld_zoo.training.tasks.detector import DetectionRecipe, Detector
+
+
+def cli(arguments: list[str], prog: str | None = None) -> None:
+    """Run the command line; a mistake ends the program with one line that names it."""
+    launch(Detector, DetectionRecipe, __doc__.splitlines()[0], arguments, prog)

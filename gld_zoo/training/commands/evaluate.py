@@ -1,0 +1,72 @@
+"""Measure a model on a dataset: accuracy, local rows, calibration, agreement, size and speed.
+
+    gld-zoo evaluate --model gld_wrn16_1 --dataset uoft-cs/cifar100
+    gld-zoo evaluate --model runs/mine-0 --dataset DIR --teacher gld_wrn16_2 --json out.json
+
+In float32, with the preprocessing of the model's cfg; images/s is the forward pass alone.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+from jsonargparse.typing import NonNegativeInt, PositiveInt
+
+from gld_zoo.output import end, printing
+from gld_zoo.training.common.devices import measuring_device
+from gld_zoo.training.common.disk import write_text
+from gld_zoo.training.common.errors import DataError, DiskError, ModelError
+from gld_zoo.training.config.dataset_options import add_source_options
+from gld_zoo.training.data.sources import open_source
+from gld_zoo.training.measure.evaluation import evaluate
+from gld_zoo.training.measure.tables import table
+
+
+@printing(failed=end)
+def cli(arguments: list[str], prog: str | None = None) -> None:
+    """Run the command line; a mistake ends the program with one line that names it."""
+    parser = ArgumentParser(prog=prog, description=__doc__.splitlines()[0])
+    model = "timm name, hf-hub:ORG/NAME, local-dir:PATH or run folder"
+    parser.add_argument("--model", type=str, required=True, help=model)
+    parser.add_argument("--teacher", type=str | None, help=f"compare with it: {model}")
+    add_source_options(parser)
+    parser.add_argument(
+        "--grid", type=NonNegativeInt, default=2, help="cells a side; 0: no local rows"
+    )
+    parser.add_argument(
+        "--image_size", type=PositiveInt | None, help="pixels a side; null: the model's"
+    )
+    parser.add_argument("--batch_size", type=PositiveInt, default=250, help="images a forward pass")
+    parser.add_argument(
+        "--workers",
+        type=NonNegativeInt,
+        default=0,
+        help="processes that read images; 0: none, and in memory where they fit",
+    )
+    parser.add_argument(
+        "--mirror", type=bool, default=False, help="mean of the logits over an image and its mirror"
+    )
+    parser.add_argument("--picture", type=Path | None, help="PNG of which class is taken for which")
+    parser.add_argument("--json", type=str | None, help="file to write the result to")
+    options = parser.parse_args(arguments)
+    try:
+        result = evaluate(
+            options.model,
+            open_source(options),
+            teacher=options.teacher,
+            grid=options.grid,
+            image_size=options.image_size,
+            batch_size=options.batch_size,
+            workers=options.workers,
+            mirror=options.mirror,
+            picture=options.picture,
+            device=measuring_device(),
+        )
+        print(table(result))
+        if options.json:
+            write_text(Path(options.json), json.dumps(result, indent=2) + "\n")
+    except (DataError, DiskError, ModelError, ValueError) as error:
+        sys.exit(f"error: {error}")

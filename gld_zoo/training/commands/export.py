@@ -1,0 +1,64 @@
+"""Make a hub folder of a finished run: safetensors, config, card, log; ONNX and a push if asked.
+
+    gld-zoo export runs/mine-0 exported/mine
+    gld-zoo export runs/mine-0 exported/mine --float16 --onnx --int8 --push ORG/NAME
+
+The scores in the card are those of the very file: a file that is not the run's own bits is measured
+on the dataset's test split.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Literal
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from jsonargparse import ArgumentParser
+
+from gld_zoo.output import end, printing
+from gld_zoo.training.common.errors import DataError, DiskError, ModelError, RunError
+from gld_zoo.training.publish.hub_folder import Contents, push, write_hub_folder
+
+
+@printing(failed=end)
+def cli(arguments: list[str], prog: str | None = None) -> None:
+    """Run the command line; a mistake ends the program with one line that names it."""
+    parser = ArgumentParser(prog=prog, description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="finished run folder")
+    parser.add_argument("folder", type=Path, help="folder to write")
+    parser.add_argument("--weights", type=Literal["last", "best"], default="last", help="which")
+    parser.add_argument(
+        "--float16", action="store_true", help="tensors of two or more dimensions in float16"
+    )
+    parser.add_argument("--onnx", action="store_true", help="model.onnx too")
+    parser.add_argument("--int8", action="store_true", help="model.int8.onnx too")
+    parser.add_argument("--dataset", type=str | None, help="null: where the run found it")
+    parser.add_argument("--license", type=str | None, help="of the weights, as the hub names it")
+    parser.add_argument("--push", type=str | None, metavar="ORG/NAME", help="to the hub")
+    parser.add_argument("--private", type=bool | None, help="whether a new repository is")
+    options = parser.parse_args(arguments)
+    try:
+        if options.push:
+            validate_repo_id(options.push)
+        contents = Contents(
+            weights=options.weights,
+            float16=options.float16,
+            onnx=options.onnx,
+            int8=options.int8,
+            license=options.license,
+        )
+        top1 = write_hub_folder(
+            options.run,
+            options.folder,
+            contents,
+            dataset=options.dataset,
+            repo_id=options.push or "ORG/NAME",
+        )
+        scores = ", ".join(f"{name} {score:.2f} %" for name, score in top1.items())
+        print(f"{options.folder}: top-1 {scores}")
+        if options.push:
+            print(push(options.folder, options.push, private=options.private))
+    except (DataError, DiskError, HFValidationError, ModelError, RunError) as error:
+        sys.exit(f"error: {error}")

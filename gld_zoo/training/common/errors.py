@@ -1,0 +1,31 @@
+"""What can go wrong with a run, by whose doing; each message names the remedy."""
+
+from __future__ import annotations
+
+
+class DataError(ValueError):
+    """The dataset is not what the recipe says; the message names the place and the remedy."""
+
+
+class ModelError(ValueError):
+    """A model does not fit the recipe; the message names it and the remedy."""
+
+
+class RunError(RuntimeError):
+    """The run folder does not allow what was asked; the message names it and the remedy."""
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss is infinite or not a number; the message gives its terms and the step."""
+
+
+class DiskError(RuntimeError):
+    """Something could not be written or read; the message names it and the reason."""
+
+
+class HeldError(RuntimeError):
+    """Another process holds a lock; the message says which."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be used; the message says why."""

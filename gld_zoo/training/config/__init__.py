@@ -1,0 +1,1 @@
+"""The options of a run, and the recipes that set them."""

@@ -1,0 +1,31 @@
+"""The options by which a command is told a dataset."""
+
+from __future__ import annotations
+
+from jsonargparse import ArgumentParser
+
+
+def add_source_options(parser: ArgumentParser, *, positional: bool = False) -> None:
+    """Give a parser the options that name a dataset, its splits and columns.
+
+    Args:
+        parser: To add to.
+        positional: Whether the dataset is given without the name of an option.
+    """
+    if positional:
+        parser.add_argument("dataset", type=str, help="hub id or folder")
+    else:
+        parser.add_argument("--dataset", type=str, required=True, help="hub id or folder")
+    parser.add_argument("--dataset_config", type=str | None, help="name of one of its configs")
+    parser.add_argument("--dataset_revision", type=str | None, help="branch, tag or commit")
+    parser.add_argument("--train_split", type=str, default="train", help="split of training images")
+    parser.add_argument("--test_split", type=str | None, help="null: 'test', else 'validation'")
+    parser.add_argument(
+        "--test_fraction", type=float, default=0.0, help="of train, as it was set for a run"
+    )
+    parser.add_argument(
+        "--image_column", type=str | None, help="null: the only one of images, or the usual name"
+    )
+    parser.add_argument(
+        "--label_column", type=str | None, help="null: the only one of classes, or the usual name"
+    )

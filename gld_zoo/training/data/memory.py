@@ -1,0 +1,178 @@
+"""Small sets: decoded once to a uint8 tensor, then cropped, flipped and normalised as batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torchvision.transforms import v2
+
+from gld_zoo.training.common.errors import DataError
+from gld_zoo.training.data.batches import (
+    Batch,
+    Normalize,
+    Share,
+    cut_out,
+    epoch_generator,
+    mirrored_first,
+)
+from gld_zoo.training.data.rows import Rows
+
+CHUNK = 1024  # encoded images in memory while decoding
+
+
+@dataclass(frozen=True)
+class Split:
+    """Decoded images uint8 `[N, S, S, 3]`, perhaps with a border, and their classes int64 `[N]`."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+
+    def to(self, device: torch.device) -> Split:
+        """Move both tensors."""
+        return Split(self.images.to(device), self.labels.to(device))
+
+
+def decode(rows: Rows, transform: v2.Transform, size: int, padding: int = 0) -> Split:
+    """Decode a split whole, each image with a black border of `padding` pixels.
+
+    Args:
+        rows: The split.
+        transform: Maps an image to uint8 `[3, size, size]`.
+        size: Side in pixels.
+        padding: Width of the border in pixels.
+
+    Raises:
+        DataError: If an image cannot be read or a label is outside the classes.
+    """
+    labels = rows.labels()
+    side = size + 2 * padding
+    images = torch.zeros((len(rows), side, side, 3), dtype=torch.uint8)
+    inner = images[:, padding : padding + size, padding : padding + size]
+
+    def put(row: int, item: dict[str, Any]) -> None:
+        inner[row] = transform(rows.read(item, rows.place(row))).permute(1, 2, 0)
+
+    with ThreadPoolExecutor() as pool:
+        for start in range(0, len(rows), CHUNK):  # else all encoded images would wait in memory
+            part = rows.table[start : start + CHUNK][rows.image_column]
+            for _ in pool.map(put, range(start, len(rows)), part):
+                pass
+    return Split(images, labels)
+
+
+class TensorBatches:
+    """Augmented, normalised batches of a decoded split.
+
+    The epoch's order is a permutation drawn from (seed, epoch); crop, flip and cutout of image i
+    are the i-th draw from (seed, epoch). Process r takes rows r::W of each global batch; the last,
+    incomplete one is dropped.
+
+    Args:
+        split: Decoded images, with a border for the random crop.
+        normalize: From pixels to floats, on the device that trains, where the images are kept.
+        batch_size: Images a step over all processes.
+        crop_padding: Width of that border in pixels.
+        flip: Mirror half of the images, or 'alternate' for each image every other epoch.
+        cutout: Side in pixels of a square in the mean colour; 0 for none.
+        seed: The recipe's seed.
+        share: This process's part.
+
+    Raises:
+        DataError: If the split is smaller than a batch.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        normalize: Normalize,
+        *,
+        batch_size: int,
+        crop_padding: int,
+        flip: bool | str,
+        seed: int,
+        share: Share,
+        cutout: int = 0,
+    ) -> None:
+        self.count = len(split.labels)
+        if self.count < batch_size:
+            raise DataError(
+                f"the training split has {self.count} images, fewer than batch_size={batch_size}"
+            )
+        self.labels = split.labels.to(normalize.device)
+        self.size = split.images.shape[1] - 2 * crop_padding
+        self.images = split.images.to(normalize.device)
+        self.normalize = normalize
+        self.batch_size = batch_size
+        self.crop_padding = crop_padding
+        self.flip = flip
+        self.cutout = cutout
+        self.seed = seed
+        self.share = share
+        if flip == "alternate":
+            self.first = torch.tensor([mirrored_first(seed, row) for row in range(self.count)])
+
+    def __len__(self) -> int:
+        """Return the steps of an epoch."""
+        return self.count // self.batch_size
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Yield images `[B, 3, S, S]` in channels-last layout and labels `[B]` of one epoch."""
+        device = self.images.device
+        generator = epoch_generator(self.seed, epoch)
+        order = torch.randperm(self.count, generator=generator).to(device)
+        shape = (2, self.count)
+        tops, lefts = torch.randint(2 * self.crop_padding + 1, shape, generator=generator).to(
+            device
+        )
+        flips = torch.rand(self.count, generator=generator) < 0.5
+        if self.flip == "alternate":
+            flips = self.first ^ bool(epoch % 2)
+        flips = flips.to(device) & bool(self.flip)
+        holes = torch.randint(self.size, shape, generator=generator).to(device)
+        hole_rows, hole_columns = holes
+        batches = order[: len(self) * self.batch_size].split(self.batch_size)
+        for rows in map(self.share.of, batches[start:]):
+            pixels = self.crop(rows, tops, lefts, flips)
+            if self.cutout:
+                centres = hole_rows[rows], hole_columns[rows]
+                pixels = cut_out(pixels, *centres, self.cutout, self.normalize.mean_pixel)
+            yield self.normalize(pixels), self.labels[rows]
+
+    def crop(
+        self, rows: torch.Tensor, tops: torch.Tensor, lefts: torch.Tensor, flips: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the crops `[B, S, S, 3]` of some rows, mirrored where `flips` says so."""
+        offsets = torch.arange(self.size, device=rows.device)
+        lines = tops[rows, None] + offsets
+        mirrored = torch.where(flips[rows, None], self.size - 1 - offsets, offsets)
+        columns = mirrored + lefts[rows, None]
+        return self.images[rows[:, None, None], lines[:, :, None], columns[:, None, :]]
+
+
+class TensorEval:
+    """A process's share of a decoded split, normalised, in order; nothing is dropped or padded.
+
+    Args:
+        split: Decoded images, on the device that measures.
+        normalize: From pixels to floats.
+        batch_size: Images a step over all processes.
+        share: This process's part.
+    """
+
+    def __init__(
+        self, split: Split, normalize: Normalize, *, batch_size: int, share: Share
+    ) -> None:
+        self.count = len(split.labels)
+        self.images, self.labels = share.of(split.images), share.of(split.labels)
+        self.normalize = normalize
+        self.step = max(1, batch_size // share.world_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield images `[B, 3, S, S]` and labels `[B]`."""
+        parts = zip(self.images.split(self.step), self.labels.split(self.step), strict=True)
+        for pixels, target in parts:
+            yield self.normalize(pixels), target

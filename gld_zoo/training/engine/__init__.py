@@ -1,0 +1,1 @@
+"""How anything is trained: the loop, its optimiser, its interruptions, and the launch."""

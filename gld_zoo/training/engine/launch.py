@@ -1,0 +1,159 @@
+"""From a command line to a run: devices, folder, messages and the end, whatever is trained."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import sys
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+
+from gld_zoo.output import end, printing
+from gld_zoo.training.common.devices import check_accelerator, set_up_device
+from gld_zoo.training.common.errors import (
+    DataError,
+    DiskError,
+    ModelError,
+    NonFiniteLossError,
+    RunError,
+)
+from gld_zoo.training.config.command_line import Command, parse_command
+from gld_zoo.training.config.options import Options
+from gld_zoo.training.engine import telling
+from gld_zoo.training.engine.interruption import Interruption, Stopped
+from gld_zoo.training.engine.task import Task
+from gld_zoo.training.engine.trainer import Trainer
+from gld_zoo.training.runs.run_folder import RunFolder
+
+
+def launch(
+    kind: type[Task],
+    options: type[Options],
+    description: str,
+    arguments: list[str],
+    prog: str | None,
+) -> None:
+    """Run a command line; a mistake ends the program with one line that names it.
+
+    Args:
+        kind: What is trained.
+        options: Its recipe's class.
+        description: For `--help`.
+        arguments: The command line.
+        prog: What `--help` calls the program.
+    """
+    with printing(failed=end):  # the help
+        command = parse_command(options, description, arguments, prog)
+    with printing(failed=go_on):
+        run_command(kind, command)
+
+
+def go_on(error: OSError) -> None:
+    """Tell that a run goes on although nobody reads its messages: its work is in its folder."""
+    print(
+        f"standard output takes no more ({error.strerror}); the run goes on without messages: "
+        "metrics.jsonl in its folder tells of it, and Ctrl-C ends it at a checkpoint",
+        file=sys.stderr,
+    )
+
+
+def run_command(kind: type[Task], command: Command[Any]) -> None:
+    """Run what a command line asks for; a mistake ends the program with one line that names it."""
+    try:
+        run(kind, command.recipe, command.run, resume=command.resume)
+    except DiskError as error:
+        sys.exit(f"error: {error}; mend the disk and go on with --resume, or name another --run")
+    except torch.OutOfMemoryError as error:
+        sys.exit(
+            f"error: the GPU's memory is full ({str(error).splitlines()[0]}); use a smaller "
+            "batch_size or eval_batch_size, grad_checkpointing: true, --mixed_precision bf16, or "
+            "in_memory: false, and go on with --resume where the recipe is the same"
+        )
+    except (DataError, ModelError, NonFiniteLossError, RunError) as error:
+        sys.exit(f"error: {error}")
+
+
+def run(kind: type[Task], recipe: Options, folder: Path, *, resume: bool = False) -> None:
+    """Run a recipe in a folder and tell what came of it."""
+    check_trackers(recipe.trackers)
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # else it would start no processes on CPUs
+        # one machine may still download what another has
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=30))],
+        log_with=list(recipe.trackers) or None,
+        project_dir=folder,
+    )
+    check_accelerator(accelerator)
+    set_up_device(accelerator, recipe.threads)
+    say = accelerator.print
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()  # nobody watches
+    opened = RunFolder(folder, recipe, resume=resume)
+    if opened.finished:
+        say(f"{folder} holds a finished run; nothing to resume")
+        return
+    interruption = Interruption(
+        accelerator, max_minutes=recipe.max_minutes, checkpoint_minutes=recipe.checkpoint_minutes
+    )
+    try:
+        with (
+            interruption,
+            contextlib.closing(Trainer(kind(recipe, accelerator), opened)) as trainer,
+        ):
+            train(trainer, interruption, resume=resume)
+    except KeyboardInterrupt:
+        if interruption.begun:
+            raise
+        say(f"stopped by {interruption.cause} before training; nothing was lost")
+    accelerator.end_training()
+
+
+def train(trainer: Trainer, interruption: Interruption, *, resume: bool) -> None:
+    """Train, tell of it, and leave the finished run in its folder."""
+    task, accelerator = trainer.task, trainer.accelerator
+    say = accelerator.print
+    trainer.run.start(accelerator)
+    if trainer.recipe.trackers:
+        accelerator.init_trackers("gld_zoo", config=flat_options(trainer.recipe))
+    if resume:
+        trainer.restore()
+    task.prepare()
+    for line in task.introduction():
+        say(line)
+    say(trainer.measure_start())
+    try:
+        trainer.fit(
+            lambda line: say(telling.epoch_line(line, task, trainer.run.history)), interruption
+        )
+    except Stopped as stopped:
+        say(f"{stopped}; go on with --resume")
+        return
+    summary = trainer.finish()
+    say(telling.best_epoch(summary, task))
+    before = telling.before(trainer.state.before)
+    for line in task.conclusion(summary, before, trainer.run.path):
+        say(line)
+
+
+def check_trackers(trackers: Sequence[str]) -> None:
+    """Refuse a tracker that is not installed, which Accelerate would leave out without a word."""
+    for name in trackers:
+        if importlib.util.find_spec(name) is None:
+            raise RunError(f"trackers: {name} is not installed; pip install {name}")
+
+
+def flat_options(recipe: Options) -> dict[str, Any]:
+    """Return a recipe's options as trackers take them: numbers, words and truth values."""
+    options = dataclasses.asdict(recipe)
+    plain = (int, float, str, bool)
+    return {
+        name: value if isinstance(value, plain) else str(value) for name, value in options.items()
+    }

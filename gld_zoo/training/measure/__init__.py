@@ -1,0 +1,1 @@
+"""What a model scores, what it draws, and what a dataset holds."""

@@ -1,0 +1,105 @@
+"""A model to measure, and images as it takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from timm.data import resolve_model_data_config
+
+from gld_zoo.training.build.create import create_frozen
+from gld_zoo.training.build.refusals import check_takes
+from gld_zoo.training.common.errors import ModelError
+from gld_zoo.training.data.batches import EvalBatches, Share
+from gld_zoo.training.data.loaders import eval_batches
+from gld_zoo.training.data.rows import Rows
+
+
+class Measured(NamedTuple):
+    """A frozen model, timm's data config of it, and the side in pixels of the images it sees."""
+
+    model: Any
+    config: dict[str, Any]
+    size: int
+
+
+def prepare(
+    name: str,
+    device: torch.device,
+    *,
+    image_size: int | None = None,
+    label_names: Sequence[str] | None = None,
+    role: str = "model",
+) -> Measured:
+    """Build a model to measure, which takes images of that size.
+
+    Args:
+        name: timm name, hf-hub:ORG/NAME, local-dir:PATH or a run folder.
+        device: Where it runs.
+        image_size: Side in pixels; None takes the model's.
+        label_names: Classes of a dataset, which must be the model's; None takes it as it is.
+        role: What errors call it.
+
+    Raises:
+        ModelError: If it cannot be built with its weights, has other classes, or refuses the size.
+    """
+    model = create_frozen(resolve_name(name), device, label_names=label_names, role=role)
+    config = resolve_model_data_config(model)
+    size = square_size(config, image_size)
+    check_takes(name, model, size, device)
+    return Measured(model, config, size)
+
+
+def resolve_name(name: str) -> str:
+    """Return what timm loads: a run folder's `last/`, or the name itself.
+
+    Raises:
+        ModelError: If a run folder holds no finished run.
+    """
+    if (Path(name) / "last" / "config.json").is_file():
+        return f"local-dir:{name}/last"
+    if (Path(name) / "recipe.yaml").is_file():
+        raise ModelError(f"{name} holds no finished run; go on with it by --resume")
+    return name
+
+
+def square_size(config: dict[str, Any], image_size: int | None) -> int:
+    """Return the side of a model's images in pixels: the one asked for, or its cfg's.
+
+    Raises:
+        ModelError: If its cfg has other images than square ones and no size is asked for.
+    """
+    height, width = config["input_size"][1:]
+    if image_size is None and height != width:
+        raise ModelError(
+            f"the model's images are {height}x{width}, and only square ones are supported; choose "
+            "a side by --image_size"
+        )
+    return image_size or width
+
+
+def measuring_batches(
+    rows: Rows,
+    measured: Measured,
+    device: torch.device,
+    *,
+    batch_size: int = 250,
+    workers: int = 0,
+) -> EvalBatches:
+    """Return images as a model's cfg asks for them, of a side in pixels.
+
+    Raises:
+        DataError: If an image or a label cannot be used.
+    """
+    return eval_batches(
+        rows,
+        measured.config,
+        measured.size,
+        device,
+        batch_size=batch_size,
+        share=Share(),
+        workers=workers,
+        in_memory=False if workers else None,
+    )

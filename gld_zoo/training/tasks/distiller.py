@@ -1,0 +1,251 @@
+"""Train a student by GLD, or on labels alone: a teacher, a baseline."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.task import ClassificationEvaluator
+
+from gld_zoo import GLDLoss
+from gld_zoo.hub import save_pretrained
+from gld_zoo.training.build.create import create_frozen, set_training_mode
+from gld_zoo.training.build.run_models import build_models
+from gld_zoo.training.common.errors import DataError, ModelError
+from gld_zoo.training.config.recipe import PAPER_BETA, Recipe
+from gld_zoo.training.data.batches import Data, EvalBatches, Share
+from gld_zoo.training.data.loaders import load_data
+from gld_zoo.training.data.sources import ImageSource, facts, listed, open_source
+from gld_zoo.training.engine.task import Task, Terms
+from gld_zoo.training.runs.on_record import labels_alone
+
+
+class Distiller(Task):
+    """Trains a student from its teacher's global and local logits; without one, on labels alone.
+
+    Arguments and errors are the `Task`'s.
+    """
+
+    metric, metric_title = "top1", "top-1"
+    recipe: Recipe
+
+    def build(self, share: Share) -> tuple[Data, nn.Module, nn.Module]:
+        """Return the images, the student, and the student with its local logits."""
+        recipe, accelerator = self.recipe, self.accelerator
+        self.source = open_source(recipe)
+        self.empty: list[str] = []
+        self.models = build_models(recipe, self.source.label_names, accelerator)
+        self.student, self.teacher = self.models.student, self.models.teacher
+        self.config = self.models.config
+        self.criterion = build_loss(recipe)
+        if recipe.compile and accelerator.num_processes == 1:  # not through collectives
+            self.criterion.compile()
+        data = load_data(self.source, recipe, self.config, accelerator.device, share)
+        labels = []
+        if not recipe.streaming:
+            labels = self.source.train.labels().tolist()
+            self.empty = check_classes(self.source, allowed=recipe.allow_empty_classes)
+        self.source_digests = dict(classes=_digest(self.source.label_names), labels=_digest(labels))
+        self.teacher_top1: float | None = None
+        return data, self.student, self.models.network
+
+    def set_training_mode(self) -> None:
+        """Set the student to training; what is frozen of it stays in eval mode."""
+        super().set_training_mode()
+        set_training_mode(self.student, self.recipe.finetune)
+
+    def forward(self, images: torch.Tensor, target: torch.Tensor) -> tuple[Terms, Terms]:
+        """Return the loss with its terms, and the accuracy of the global logits, in %."""
+        if self.recipe.compile:
+            torch.compiler.cudagraph_mark_step_begin()
+        logits = self.network(images)
+        smoothing = self.recipe.label_smoothing
+        if self.teacher is None:
+            loss = F.cross_entropy(logits.float(), target, label_smoothing=smoothing)
+            return dict(loss=loss, loss_ce=loss), accuracy(logits, target)
+        with self.accelerator.autocast():
+            teacher_logits = self.teacher(images)
+        if smoothing:
+            target = smooth(target, logits.shape[-1], smoothing)
+        return self.criterion(logits, teacher_logits, target), accuracy(logits[:, 0], target)
+
+    def measure(self, model: nn.Module, batches: EvalBatches) -> dict[str, float]:
+        """Return the student's loss, top-1 and top-5."""
+        self.share_buffers(model)
+        return self._score(model.eval(), batches)
+
+    @torch.no_grad()
+    def _score(
+        self, predict: Callable[[torch.Tensor], torch.Tensor], batches: EvalBatches
+    ) -> dict[str, float]:
+        evaluator = ClassificationEvaluator(self.accelerator.device)
+        for images, target in batches:
+            evaluator.update(predict(images), target)
+        return dict(evaluator.compute(distributed=self.accelerator.num_processes > 1))
+
+    def prepare(self) -> None:
+        """Measure the teacher, unless a checkpoint tells its score; then it only teaches."""
+        if self.teacher is None:
+            return
+        if self.teacher_top1 is None:
+            self.teacher_top1 = self._score(self.teacher.classify, self.data.test)["top1"]
+        self.teacher.keep_in(self._autocast_dtype())
+
+    def introduction(self) -> list[str]:
+        """Return what to tell of the data, of options that may surprise, and of the teacher."""
+        lines, student = super().introduction(), self.recipe.student
+        lines += facts(self.source, self.empty)
+        beta = self.recipe.relation_weight
+        if self.teacher is not None and beta == self.recipe.scaled_beta != PAPER_BETA:
+            lines.append(f"beta {beta:g}: the paper's {PAPER_BETA:g} scaled to the rows of a batch")
+        if not self.recipe.finetune and (":" in student or "." in student):
+            lines.append(f"{student} begins at random; --finetune all begins with its weights")
+        if self.teacher is not None:
+            lines.append(f"teacher {self.recipe.teacher}: top-1 {self.teacher_top1:.2f} %")
+        return lines
+
+    def remembered(self) -> dict[str, Any]:
+        """Return the scores that need not be measured again, and of which weights they are."""
+        teacher = dict(sha256=self.models.teacher_sha256, top1=self.teacher_top1)
+        return dict(super().remembered(), teacher=teacher)
+
+    def recall(self, remembered: dict[str, Any]) -> None:
+        """Take over what `remembered` returned, the teacher's score if it is of these weights."""
+        super().recall(remembered)
+        teacher = remembered.get("teacher", {})
+        if teacher.get("sha256") == self.models.teacher_sha256:
+            self.teacher_top1 = teacher.get("top1")
+
+    def _autocast_dtype(self) -> torch.dtype | None:
+        names = dict(bf16=torch.bfloat16, fp16=torch.float16)
+        return names.get(self.accelerator.mixed_precision)
+
+    def describe_model(self) -> str:
+        """Return the student's name."""
+        height, width = self.config["input_size"][1:]
+        return f"student {self.recipe.student} on {width}x{height} images"
+
+    def describe_origin(self) -> str:
+        """Return which weights it starts from."""
+        return "pretrained" if self.recipe.finetune else "random weights"
+
+    def conclusion(self, summary: dict[str, Any], before: str, run: Path) -> list[str]:
+        """Return what the run came to, and how to load the student."""
+        lines = []
+        if self.teacher_top1 is not None:
+            lines.append(f"teacher {self.teacher_top1:.2f} %")
+            if (alone := labels_alone(self.recipe)) is not None:
+                gain = summary["top1"] - alone
+                lines.append(
+                    f"on the labels alone the same recipe gave {alone:.2f} % (on record; "
+                    f"--teacher null repeats it): distillation brought {gain:+.2f} points"
+                )
+        return [
+            *lines,
+            f"student {before}, {summary['top1']:.2f} % after",
+            f"run folder {run}, with curves.png; the student: import timm, gld_zoo; "
+            f"timm.create_model('local-dir:{run}/last', pretrained=True)",
+        ]
+
+    def more_summary(self, run: Path) -> dict[str, Any]:
+        """Return the dataset, the teacher, and the top-1 of the weights selected, if any were."""
+        teacher = None
+        if self.teacher is not None:
+            teacher = dict(
+                name=self.recipe.teacher,
+                sha256=self.models.teacher_sha256,
+                top1=self.teacher_top1,
+            )
+        more: dict[str, Any] = dict(
+            dataset=self.source.name,
+            dataset_is_folder=self.source.is_folder,
+            test_split=self.source.test_split,
+            teacher=teacher,
+        )
+        if self.data.val:
+            self.accelerator.wait_for_everyone()
+            more["best_top1"] = self._measure_best(run)
+        return more
+
+    def made_of(self) -> dict[str, Any]:
+        """Return the counts of images, hashes of classes and labels, and the teacher's weights."""
+        hashes = dict(self.source_digests, teacher=self.models.teacher_sha256)
+        return dict(super().made_of(), **hashes)
+
+    def _measure_best(self, run: Path) -> float | None:
+        best, reason = None, "a process on another machine cannot read it"
+        try:
+            best = create_frozen(f"local-dir:{run / 'best'}", self.accelerator.device)
+        except ModelError as error:  # a run at its end does not fail for it
+            reason = str(error)
+        missing = torch.tensor(float(best is None), device=self.accelerator.device)
+        missing = self.accelerator.reduce(missing)  # all measure, or none
+        if best is None or missing.item():
+            self.accelerator.print(f"best/ is not measured: {reason}")
+            return None
+        return self._score(best, self.data.test)["top1"]
+
+    def write(self, model: nn.Module, folder: Path) -> None:
+        """Write a student to a folder, as timm loads it."""
+        names = self.source.label_names
+        save_pretrained(model, folder, label_names=names, data_config=self.config)
+
+
+def _digest(values: list[Any]) -> str:
+    return hashlib.sha256(repr(values).encode()).hexdigest()[:12]
+
+
+def check_classes(source: ImageSource, *, allowed: bool) -> list[str]:
+    """Return the classes without a training image.
+
+    Raises:
+        DataError: If there are some and they are not allowed.
+    """
+    counts = source.train.labels().bincount(minlength=len(source.label_names))
+    empty = [name for name, count in zip(source.label_names, counts, strict=True) if not count]
+    if empty and not allowed:
+        raise DataError(
+            f"{source.train.where} has no image of {len(empty)} of its {len(counts)} classes "
+            f"({listed(empty)}); add some, remove the classes, or set allow_empty_classes: true"
+        )
+    return empty
+
+
+def build_loss(recipe: Recipe) -> GLDLoss:
+    """Return the loss that a recipe's weights make, its relation over all processes' batches."""
+    return GLDLoss(
+        recipe.alpha,
+        recipe.relation_weight,
+        local_weight=recipe.local_weight,
+        global_batch=True,
+        temperature=recipe.temperature,
+        standardise=recipe.standardise,
+        disagreement=recipe.disagreement,
+        ce_weight=recipe.ce_weight,
+        global_weight=recipe.global_weight,
+    )
+
+
+def smooth(target: torch.Tensor, classes: int, share: float) -> torch.Tensor:
+    """Return probabilities `[B, K]` of classes `[B]` or probabilities, a share of them spread."""
+    if target.ndim == 1:
+        target = F.one_hot(target, classes).float()
+    return target * (1 - share) + share / classes
+
+
+@torch.no_grad()
+def accuracy(logits: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return a batch's `train_top1` and `train_top5` in % of logits `[B, K]`.
+
+    Of a mixed label `[B, K]` the likeliest class counts.
+    """
+    if target.ndim == 2:
+        target = target.argmax(1)
+    hits = logits.topk(min(5, logits.shape[1])).indices == target[:, None]
+    share = 100 / len(target)
+    return dict(train_top1=hits[:, 0].sum() * share, train_top5=hits.sum() * share)

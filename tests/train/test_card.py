@@ -1,0 +1,156 @@
+"""The documents: tables and commands are those of results.json, code blocks run."""
+
+import hashlib
+import json
+import re
+import shlex
+
+import pytest
+import timm
+from timm.models import get_pretrained_cfg
+
+from card import DOCUMENTS, command, commands, epochs_of, fill, mean_of
+from gld_zoo import recipes
+from gld_zoo.results import PATH as RESULTS_FILE
+from gld_zoo.results import Results, Row
+from gld_zoo.training.config.command_line import parse_command
+from gld_zoo.training.config.recipe import Recipe
+from helpers import CHECKOUT, row
+from release import changes
+
+PACKAGE = CHECKOUT / "gld_zoo"
+RESULTS = Results.load()
+CPU = "ACCELERATE_USE_CPU=true"
+# a teacher without a tag, which its recipe makes
+NOT_SHIPPED = {"local-dir:runs/cifar100_64_resnet34-0/last": "gld_resnet34.ce_cifar100"}
+TRAINED = RESULTS.rows
+BLOCKS = [
+    pytest.param(block, id=f"{path.name}-{number}")
+    for path in DOCUMENTS
+    for number, block in enumerate(re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL))
+]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_tables_and_commands_are_those_of_the_results(path):
+    text = path.read_text()
+    assert "<!-- results:" in text
+    assert fill(text, RESULTS) == text, "run `python train/card.py`"
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_code_blocks_run(block):
+    exec(block, {})
+
+
+def test_ci_runs_the_test_command_of_the_readme():
+    commands = re.findall(r"```bash\n(.*?)\n```", (CHECKOUT / "README.md").read_text(), re.DOTALL)
+    assert commands[1] in (CHECKOUT / ".ci" / "run").read_text().splitlines()
+
+
+def test_links_lead_somewhere():
+    others = [CHECKOUT / name / "README.md" for name in ("figures", "benchmarks")]
+    for path in [*DOCUMENTS, *others]:
+        for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text()):
+            assert (path.parent / link).exists(), f"{path.name}: {link}"
+
+
+def test_weights_have_a_file_of_that_hash_and_every_row_a_log_that_ends_there():
+    tags = timm.list_models("gld_*", include_tags=True)
+    assert set(RESULTS.weights) == {tag for tag in tags if get_pretrained_cfg(tag).has_weights}
+    for row in RESULTS.weights.values():
+        file = PACKAGE / "weights" / row.file
+        assert hashlib.sha256(file.read_bytes()).hexdigest() == row.sha256
+        assert file.stat().st_size < 25_000_000
+    for name, row in TRAINED.items():
+        lines = (PACKAGE / "weights" / f"{name}.metrics.jsonl").read_text().splitlines()
+        log = [json.loads(line) for line in lines]
+        assert len(log) == row.epochs
+        # the log is of the model as trained; the file may be in float16
+        assert log[-1]["test_top1"] == pytest.approx(row.runs[0].top1, abs=0.05)
+        assert row.test_images == (1_000 if "mini" in row.dataset else 10_000)
+        assert row.recipe in recipes.names()
+        assert row.runs[0].commit
+
+
+def test_a_row_of_several_seeds_shows_their_mean_and_spread():
+    (run,) = row().to_dict()["runs"]
+    runs = [dict(run, top1=value) for value in (70.0, 71.0, 73.0)]
+    assert row(runs=runs).mean() == mean_of(row(runs=runs)) == "71.33 ± 1.53"
+    assert row(runs=runs[:1]).mean() == "70.00"
+    assert mean_of(None) == "-"
+
+
+def test_the_results_are_read_and_written_without_a_loss(monkeypatch, tmp_path):
+    monkeypatch.setattr("gld_zoo.results.PATH", tmp_path / "results.json")
+    RESULTS.save()
+    assert Results.load() == RESULTS
+    written, before = (
+        json.loads(path.read_text()) for path in (tmp_path / "results.json", RESULTS_FILE)
+    )
+    assert written == before
+
+
+def test_a_row_that_lacks_something_is_named():
+    lacking = row().to_dict()
+    del lacking["recipe"], lacking["runs"][0]["commit"]
+    with pytest.raises(ValueError, match=r"results has no recipe, runs\[0\].commit, which a card"):
+        Row.from_dict(lacking)
+
+
+def test_each_run_has_one_command_that_is_its_recipe_with_its_changes():
+    folders, found = set(), []
+    for line in commands(RESULTS)[1:-1]:
+        words = shlex.split(line)
+        start = words.index("gld_zoo.training.distill")
+        repeat = parse_command(Recipe, "", words[start + 1 :])
+        recipe = words[words.index("--config") + 1]
+        name = repeat.recipe.teacher
+        made = changes(
+            repeat.recipe, Recipe.load(recipes.path_of(recipe)), name and dict(name=name)
+        )
+        teacher = NOT_SHIPPED.get(name, name)
+        found.append((recipe, made, "bf16" in words[:start], teacher))
+        folders.add(repeat.run)
+    expected = [
+        (
+            each.recipe,
+            each.changes,
+            each.precision == "bf16",
+            each.teacher and each.teacher.name,
+        )
+        for each in TRAINED.values()
+        for _ in each.runs
+    ]
+    assert sorted(found, key=repr) == sorted(expected, key=repr)
+    assert len(folders) == len(expected)
+
+
+def test_a_row_that_goes_on_from_another_shows_the_epochs_of_both():
+    trained = {"a.b": row(epochs=24)}
+    trained["a.c"] = row(epochs=13, changes=dict(student="a.b"))
+    assert epochs_of(trained["a.c"], trained) == "24 + 13"
+    assert epochs_of(trained["a.b"], trained) == "24"
+    assert epochs_of(None, trained) == "-"
+
+
+@pytest.mark.parametrize(
+    ("hardware", "precision", "expected"),
+    [
+        ("NVIDIA H200", "bf16", "accelerate launch --num_processes 2 --mixed_precision bf16 -m"),
+        ("NVIDIA H200", "float32", "accelerate launch --num_processes 2 -m"),
+        ("cpu", "float32", f"{CPU} torchrun --nproc_per_node 2 -m --"),
+        ("cpu", "bf16", f"{CPU} ACCELERATE_MIXED_PRECISION=bf16 torchrun --nproc_per_node 2 -m --"),
+    ],
+)
+def test_a_command_repeats_the_number_of_processes(hardware, precision, expected):
+    made = row(hardware=hardware, precision=precision, processes=2)
+    line = command("a.b", made, 0, own_folder=False)
+    assert line == f"{expected} gld_zoo.training.distill --config x --seed 0"
+
+
+def test_setups_name_weights_of_their_models():
+    for setup in RESULTS.setups.values():
+        for role in ("teacher", "alone", "gld"):
+            name = setup[role]["weights"]
+            assert name is None or name.split(".")[0] == setup[role]["model"]
