@@ -61,7 +61,7 @@ class Handler(BaseHTTPRequestHandler):
             if asked.get("type") == "dataset":
                 repo = f"datasets/{repo}"
             if repo in self.hub.files:
-                return self.answer(dict(error="exists"), 409)
+                return self.answer(dict(error="exists", url=f"{self.server.address}/{repo}"), 409)
             self.hub.files[repo] = {}
             self.hub.commit(repo, {".gitattributes": b""})
             return self.answer(dict(url=f"{self.server.address}/{repo}", name=repo))

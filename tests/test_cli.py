@@ -14,13 +14,13 @@ import timm
 import torch
 from PIL import Image
 
-from gld_zoo import cli, create_deeplabv3plus, global_local_logits
+from gld_zoo import create_deeplabv3plus, global_local_logits
 from gld_zoo.cli import main
 from gld_zoo.downstream.saving import save_downstream
 from gld_zoo.explain import HEAD, SIDE, drawable, explain, seen_part
 from gld_zoo.hub import save_pretrained
 from gld_zoo.images import find_images, read_image
-from gld_zoo.predictor import class_names
+from gld_zoo.predictor import Predictor, class_names
 from gld_zoo.results import Results
 from gld_zoo.training.commands import draw
 from gld_zoo.training.data.rows import ImageRows
@@ -248,8 +248,8 @@ def test_predictions_stay_with_their_files(tmp_path, rows, capsys):
 
 def test_labels_are_the_whole_images_then_the_cells(monkeypatch):
     given = []
-    monkeypatch.setattr(cli, "explain", lambda image, labels, activation: given.append(labels))
-    predictor = cli.Predictor("gld_wrn16_1")
+    monkeypatch.setattr("gld_zoo.predictor.explain", lambda image, labels, activation: given.append(labels))
+    predictor = Predictor("gld_wrn16_1")
     noise = np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)
     image = Image.fromarray(noise)
     predictor.explain(image, 2)

@@ -58,19 +58,19 @@ def test_links_lead_somewhere():
 def test_weights_have_a_file_of_that_hash_and_every_row_a_log_that_ends_there():
     tags = timm.list_models("gld_*", include_tags=True)
     assert set(RESULTS.weights) == {tag for tag in tags if get_pretrained_cfg(tag).has_weights}
-    for row in RESULTS.weights.values():
-        file = PACKAGE / "weights" / row.file
-        assert hashlib.sha256(file.read_bytes()).hexdigest() == row.sha256
+    for each in RESULTS.weights.values():
+        file = PACKAGE / "weights" / each.file
+        assert hashlib.sha256(file.read_bytes()).hexdigest() == each.sha256
         assert file.stat().st_size < 25_000_000
-    for name, row in TRAINED.items():
+    for name, each in TRAINED.items():
         lines = (PACKAGE / "weights" / f"{name}.metrics.jsonl").read_text().splitlines()
         log = [json.loads(line) for line in lines]
-        assert len(log) == row.epochs
+        assert len(log) == each.epochs
         # the log is of the model as trained; the file may be in float16
-        assert log[-1]["test_top1"] == pytest.approx(row.runs[0].top1, abs=0.05)
-        assert row.test_images == (1_000 if "mini" in row.dataset else 10_000)
-        assert row.recipe in recipes.names()
-        assert row.runs[0].commit
+        assert log[-1]["test_top1"] == pytest.approx(each.runs[0].top1, abs=0.05)
+        assert each.test_images == (1_000 if "mini" in each.dataset else 10_000)
+        assert each.recipe in recipes.names()
+        assert each.runs[0].commit
 
 
 def test_a_row_of_several_seeds_shows_their_mean_and_spread():
