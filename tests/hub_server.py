@@ -53,55 +53,72 @@ class Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.hub.requests.append(self.path)
         path = self.path.split("?")[0]
-        if path == "/api/validate-yaml":
-            return self.answer(dict(errors=[], warnings=[]))
-        if path == "/api/repos/create":
-            asked = json.loads(body)
-            repo = f"{asked['organization']}/{asked['name']}"
-            if asked.get("type") == "dataset":
-                repo = f"datasets/{repo}"
-            if repo in self.hub.files:
-                return self.answer(dict(error="exists", url=f"{self.server.address}/{repo}"), 409)
-            self.hub.files[repo] = {}
-            self.hub.commit(repo, {".gitattributes": b""})
-            return self.answer(dict(url=f"{self.server.address}/{repo}", name=repo))
-        if re.fullmatch(r"/api/(models|datasets)/.+/preupload/.+", path):
-            files = [
-                dict(
-                    path=file["path"],
-                    uploadMode="lfs" if file["path"].endswith(LARGE) else "regular",
-                    shouldIgnore=False,
-                )
-                for file in json.loads(body)["files"]
-            ]
-            return self.answer(dict(files=files))
-        if re.fullmatch(r"/.+\.git/info/lfs/objects/batch", path):
-            objects = [
-                dict(
-                    oid=one["oid"],
-                    size=one["size"],
-                    actions=dict(upload=dict(href=f"{self.server.address}/lfs/{one['oid']}")),
-                )
-                for one in json.loads(body)["objects"]
-            ]
-            return self.answer(dict(transfer="basic", objects=objects))
-        if match := re.fullmatch(r"/api/(models|datasets)/(.+)/paths-info/(.+)", path):
-            asked = dict(parse_qsl(body.decode(), keep_blank_values=True)).get("paths", "")
-            found = self.tree(repo_name(match), match[3])
-            return self.answer([one for one in found if one["path"] == asked])
-        if match := re.fullmatch(r"/api/(models|datasets)/(.+)/commit/(.+)", path):
-            repo = repo_name(match)
-            files = dict(self.hub.files[repo]["main"])
-            for line in map(json.loads, body.splitlines()):
-                value = line["value"]
-                if line["key"] == "file":
-                    files[value["path"]] = base64.b64decode(value["content"])
-                elif line["key"] == "lfsFile":
-                    files[value["path"]] = self.hub.large[value["oid"]]
-            oid = self.hub.commit(repo, files)
-            url = f"{self.server.address}/{repo}/commit/{oid}"
-            return self.answer(dict(success=True, commitUrl=url, commitOid=oid, hookOutput=""))
+        for pattern, method in (
+            ("/api/validate-yaml", self.validate),
+            ("/api/repos/create", self.create),
+            (r"/api/(models|datasets)/.+/preupload/.+", self.preupload),
+            (r"/.+\.git/info/lfs/objects/batch", self.upload_large),
+            (r"/api/(models|datasets)/(.+)/paths-info/(.+)", self.paths_info),
+            (r"/api/(models|datasets)/(.+)/commit/(.+)", self.commit),
+        ):
+            if match := re.fullmatch(pattern, path):
+                return method(body, match)
         return self.answer(dict(error=f"unknown: {path}"), 404)
+
+    def validate(self, body, match):
+        self.answer(dict(errors=[], warnings=[]))
+
+    def create(self, body, match):
+        asked = json.loads(body)
+        repo = f"{asked['organization']}/{asked['name']}"
+        if asked.get("type") == "dataset":
+            repo = f"datasets/{repo}"
+        url = f"{self.server.address}/{repo}"
+        if repo in self.hub.files:
+            return self.answer(dict(error="exists", url=url), 409)
+        self.hub.files[repo] = {}
+        self.hub.commit(repo, {".gitattributes": b""})
+        return self.answer(dict(url=url, name=repo))
+
+    def preupload(self, body, match):
+        files = [
+            dict(
+                path=file["path"],
+                uploadMode="lfs" if file["path"].endswith(LARGE) else "regular",
+                shouldIgnore=False,
+            )
+            for file in json.loads(body)["files"]
+        ]
+        self.answer(dict(files=files))
+
+    def upload_large(self, body, match):
+        objects = [
+            dict(
+                oid=one["oid"],
+                size=one["size"],
+                actions=dict(upload=dict(href=f"{self.server.address}/lfs/{one['oid']}")),
+            )
+            for one in json.loads(body)["objects"]
+        ]
+        self.answer(dict(transfer="basic", objects=objects))
+
+    def paths_info(self, body, match):
+        asked = dict(parse_qsl(body.decode(), keep_blank_values=True)).get("paths", "")
+        found = self.tree(repo_name(match), match[3])
+        self.answer([one for one in found if one["path"] == asked])
+
+    def commit(self, body, match):
+        repo = repo_name(match)
+        files = dict(self.hub.files[repo]["main"])
+        for line in map(json.loads, body.splitlines()):
+            value = line["value"]
+            if line["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                files[value["path"]] = self.hub.large[value["oid"]]
+        oid = self.hub.commit(repo, files)
+        url = f"{self.server.address}/{repo}/commit/{oid}"
+        self.answer(dict(success=True, commitUrl=url, commitOid=oid, hookOutput=""))
 
     def do_PUT(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))

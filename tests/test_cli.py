@@ -248,7 +248,9 @@ def test_predictions_stay_with_their_files(tmp_path, rows, capsys):
 
 def test_labels_are_the_whole_images_then_the_cells(monkeypatch):
     given = []
-    monkeypatch.setattr("gld_zoo.predictor.explain", lambda image, labels, activation: given.append(labels))
+    monkeypatch.setattr(
+        "gld_zoo.predictor.explain", lambda image, labels, activation: given.append(labels)
+    )
     predictor = Predictor("gld_wrn16_1")
     noise = np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)
     image = Image.fromarray(noise)

@@ -81,20 +81,28 @@ def release(
         measured = measure(folder, name, first, test_set, tolerance=0.05 if float16 else 0.01)
         digest = sha256(folder / "model.safetensors")
         copy_files(folder, first, name, ship=ship)
-    scores = {key: round(measured[key], 2) for key in ("top1", "top5")}
     return Row.from_dict(
         dict(
             first.description(),
             teacher=teacher,
             recipe=recipe_name,
             changes=changes(first.recipe, published, teacher),
-            test_images=measured["images"],
-            parameters=measured["parameters"],
             file=f"{name}.safetensors" if ship else None,
             sha256=digest,
             license="apache-2.0",
-            runs=[dict(first.scores(), **scores), *(other.scores() for other in finished[1:])],
+            **scores_of(finished, measured),
         )
+    )
+
+
+def scores_of(runs: list[FinishedRun], measured: dict[str, Any]) -> dict[str, Any]:
+    """Return what a row tells of scores: the first run's as measured of its file."""
+    scores = {key: round(measured[key], 2) for key in ("top1", "top5")}
+    first, *others = (run.scores() for run in runs)
+    return dict(
+        test_images=measured["images"],
+        parameters=measured["parameters"],
+        runs=[dict(first, **scores), *others],
     )
 
 

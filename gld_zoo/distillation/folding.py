@@ -15,7 +15,8 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
     """Fold batch norm into convolutions where it directly follows one, in place.
 
     Only in a model that tells which of its layers follow each other, as this package's do by
-    `convs_and_norms`, names by type of module; any other is left as it is. The model can no longer be trained; logits stay within float32 rounding.
+    `convs_and_norms`, names by type of module; any other is left as it is. The model can no longer
+    be trained; logits stay within float32 rounding.
 
     Args:
         model: A model in eval mode.

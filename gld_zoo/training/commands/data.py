@@ -21,7 +21,7 @@ from gld_zoo.output import end, printing
 from gld_zoo.training.common.disk import replacing, write_text
 from gld_zoo.training.common.errors import DataError, DiskError
 from gld_zoo.training.config.dataset_options import add_source_options
-from gld_zoo.training.data.sources import listed
+from gld_zoo.training.data.columns import listed
 from gld_zoo.training.measure.contact_sheet import draw_sheet
 from gld_zoo.training.measure.dataset_report import describe
 

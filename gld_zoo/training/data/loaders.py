@@ -28,7 +28,7 @@ from gld_zoo.training.data.keyed import (
     PixelsToDevice,
     stack,
 )
-from gld_zoo.training.data.memory import TensorBatches, TensorEval, decode
+from gld_zoo.training.data.memory import MemoryBatches, MemoryEval, decode
 from gld_zoo.training.data.mixing import MixedBatches
 from gld_zoo.training.data.rows import Rows
 from gld_zoo.training.data.sources import ImageSource
@@ -81,16 +81,21 @@ def load_data(
 
     batches = train_batches(train, recipe, config, normalize, share, in_memory=in_memory)
     if recipe.mixes:
-        batches = MixedBatches(
-            batches,
-            classes=len(source.label_names),
-            mixup=recipe.mixup,
-            cutmix=recipe.cutmix,
-            batch_size=recipe.batch_size,
-            seed=recipe.seed,
-            share=share,
-        )
+        batches = mixed(batches, recipe, len(source.label_names), share)
     return Data(batches, measured(source.test), measured(val) if val is not None else None)
+
+
+def mixed(batches: TrainBatches, recipe: Recipe, classes: int, share: Share) -> TrainBatches:
+    """Return batches whose images are mixed in pairs as a recipe says."""
+    return MixedBatches(
+        batches,
+        classes=classes,
+        mixup=recipe.mixup,
+        cutmix=recipe.cutmix,
+        batch_size=recipe.batch_size,
+        seed=recipe.seed,
+        share=share,
+    )
 
 
 def train_batches(
@@ -115,7 +120,30 @@ def train_batches(
     Raises:
         DataError: If the split is smaller than a batch, or a label or an image cannot be used.
     """
-    transforms = Transforms(
+    transforms = training_transforms(recipe, config, normalize)
+    options: dict[str, Any] = dict(batch_size=recipe.batch_size, seed=recipe.seed, share=share)
+    if in_memory:
+        images = decode(rows, transforms.fit(), transforms.size, recipe.crop_padding)
+        crops: dict[str, Any] = dict(crop_padding=recipe.crop_padding, flip=recipe.flip)
+        return MemoryBatches(images, normalize, cutout=recipe.cutout, **crops, **options)
+    options["workers"] = recipe.workers
+    if recipe.streaming:
+        options.update(count=recipe.train_images, buffer=recipe.shuffle_buffer)
+        return StreamBatches(rows, transforms.training(), normalize, **options)
+    rows.labels()  # all in range, or an error
+    alternate = recipe.flip == "alternate"
+    return KeyedBatches(
+        KeyedExamples(rows, transforms.training(), recipe.seed, alternate=alternate),
+        stack,
+        PixelsToDevice(normalize),
+        pin=normalize.device.type == "cuda",
+        **options,
+    )
+
+
+def training_transforms(recipe: Recipe, config: dict[str, Any], normalize: Normalize) -> Transforms:
+    """Return how a recipe's training images are cropped, mirrored and augmented."""
+    return Transforms(
         size=config["input_size"][-1],
         interpolation=config["interpolation"],
         crop=recipe.crop,
@@ -126,36 +154,6 @@ def train_batches(
         erasing=recipe.erasing,
         cutout=recipe.cutout,
         fill=tuple(normalize.mean_pixel.tolist()),
-    )
-    options: dict[str, Any] = dict(batch_size=recipe.batch_size, seed=recipe.seed, share=share)
-    if in_memory:
-        return TensorBatches(
-            decode(rows, transforms.fit(), transforms.size, recipe.crop_padding),
-            normalize,
-            crop_padding=recipe.crop_padding,
-            flip=recipe.flip,
-            cutout=recipe.cutout,
-            **options,
-        )
-    if recipe.streaming:
-        return StreamBatches(
-            rows,
-            transforms.training(),
-            normalize,
-            count=recipe.train_images,
-            buffer=recipe.shuffle_buffer,
-            workers=recipe.workers,
-            **options,
-        )
-    rows.labels()  # all in range, or an error
-    alternate = recipe.flip == "alternate"
-    return KeyedBatches(
-        KeyedExamples(rows, transforms.training(), recipe.seed, alternate=alternate),
-        stack,
-        PixelsToDevice(normalize),
-        workers=recipe.workers,
-        pin=normalize.device.type == "cuda",
-        **options,
     )
 
 
@@ -193,7 +191,7 @@ def eval_batches(
         in_memory = not is_stream and decoded_bytes(len(rows), size) <= memory_limit(device)
     if in_memory:
         split = decode(rows, transform, size).to(device)
-        return TensorEval(split, normalize, **options)
+        return MemoryEval(split, normalize, **options)
     if is_stream:
         return StreamEval(rows, transform, normalize, workers=workers, **options)
     rows.labels()  # all in range, or an error

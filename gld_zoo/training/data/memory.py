@@ -64,7 +64,7 @@ def decode(rows: Rows, transform: v2.Transform, size: int, padding: int = 0) -> 
     return Split(images, labels)
 
 
-class TensorBatches:
+class MemoryBatches:
     """Augmented, normalised batches of a decoded split.
 
     The epoch's order is a permutation drawn from (seed, epoch); crop, flip and cutout of image i
@@ -153,7 +153,7 @@ class TensorBatches:
         return self.images[rows[:, None, None], lines[:, :, None], columns[:, None, :]]
 
 
-class TensorEval:
+class MemoryEval:
     """A process's share of a decoded split, normalised, in order; nothing is dropped or padded.
 
     Args:

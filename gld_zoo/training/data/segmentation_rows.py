@@ -18,15 +18,11 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from gld_zoo.training.common.errors import DataError
+from gld_zoo.training.data.columns import pick_column, pick_image_column
 from gld_zoo.training.data.keyed import PixelsToDevice, Sample
+from gld_zoo.training.data.opening import open_dataset, pick_splits
 from gld_zoo.training.data.rows import ImageRows
-from gld_zoo.training.data.sources import (
-    encoded,
-    open_dataset,
-    pick_column,
-    pick_image_column,
-    pick_splits,
-)
+from gld_zoo.training.data.sources import encoded
 
 IGNORE = 255
 LOOKED_AT = 1000  # masks at most, before training; decoding them takes seconds

@@ -2,55 +2,23 @@
 
 from __future__ import annotations
 
-import csv
-import errno
-import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet
-from datasets import (
-    ClassLabel,
-    Image,
-    IterableDataset,
-    SplitDict,
-    SplitInfo,
-    Value,
-    load_dataset,
-    load_dataset_builder,
-    load_from_disk,
-)
+from datasets import ClassLabel, Image, IterableDataset, Value
 
-import gld_zoo
 from gld_zoo.training.common.errors import DataError
-from gld_zoo.training.data.image_folder import SPLITS, read_image_folder, sort_names
+from gld_zoo.training.data.columns import (
+    features_of,
+    is_text,
+    listed,
+    pick_image_column,
+    pick_label_column,
+)
+from gld_zoo.training.data.image_folder import sort_names
+from gld_zoo.training.data.opening import find_folder, open_dataset, own_names, pick_splits
 from gld_zoo.training.data.rows import Rows, Table
-
-BESIDE_PACKAGE = Path(gld_zoo.__file__).resolve().parent.parent
-IMAGE_NAMES = (
-    "image",
-    "img",
-    "file_name",
-    "path",
-)  # columns by convention, the first that is there
-LABEL_NAMES = ("label", "labels", "fine_label")
-DATA_FILES = ("*.parquet", "*.arrow", "*.tar", "*.jsonl", "metadata.csv")
-SHOWN = 10  # names in a message
-
-
-@dataclass(frozen=True)
-class Opened:
-    """A dataset's splits as they were found.
-
-    `passed_over` counts what was not read, by reason; `files` has a parquet file of each split,
-    where there are some, whose own class names `datasets` does not give.
-    """
-
-    splits: dict[str, Table]
-    passed_over: dict[str, int]
-    files: dict[str, str] = field(default_factory=dict)
 
 
 class ImageSource:
@@ -58,7 +26,7 @@ class ImageSource:
 
     Args:
         name: Hub id, folder in hub layout or image folder; a relative path is looked up from the
-            current folder, then from the checkout.
+            current folder, then beside the package.
         config, revision: Of a dataset that has several; None takes its only or default one.
         train_split, test_split: Names of the splits; None takes 'test', else 'validation'.
         test_fraction: Share of the training split to hold out, class by class, as test split
@@ -84,51 +52,48 @@ class ImageSource:
         label_column: str | None = None,
         streaming: bool = False,
     ) -> None:
-        if not 0 <= test_fraction < 1:
-            raise DataError(f"test_fraction={test_fraction} must be at least 0 and below 1")
         opened = open_dataset(name, config, revision, streaming=streaming)
-        splits = opened.splits
-        if test_fraction:
-            if test_split:
-                raise DataError(f"test_fraction takes the place of test_split={test_split!r}")
-            test_split = train_split
-        elif test_split is None and not {"test", "validation"} & set(splits):
-            raise DataError(
-                f"{name} has no split to measure on, only {', '.join(splits)}; name one by "
-                "test_split, or hold out a part of the training images by test_fraction"
-            )
-        train, test = pick_splits(name, splits, train_split, test_split)
-        features = features_of(splits[train])
         self.name = name
         self.folder = find_folder(name)
         self.is_folder = self.folder is not None
         self.passed_over = opened.passed_over
+        self.splits = list(opened.splits)
+        if test_fraction:
+            _check_fraction(test_fraction, test_split)
+            test_split = train_split
+        train, test = pick_splits(name, opened.splits, train_split, test_split)
+        self.test_split = "held-out" if test_fraction else test
+        features = features_of(opened.splits[train])
         self.image_column, image_reason = pick_image_column(name, features, image_column)
         self.label_column, label_reason = pick_label_column(name, features, label_column)
         self.column_reasons = dict(image=image_reason, label=label_reason)
-        self.splits = list(splits)
-        self.test_split = "held-out" if test_fraction else test
+        tables = {split: opened.splits[split] for split in (train, test)}
         names = {
-            split: self._names_in(splits[split], opened.files.get(split)) for split in {train, test}
+            split: self._names_in(table, opened.files.get(split)) for split, table in tables.items()
         }
-        self.label_names = _text(names[train])
-        if len(self.label_names) < 2:
-            raise DataError(
-                f"{name} has one class alone ({', '.join(self.label_names) or 'none'}) in column "
-                f"{self.label_column!r}, and a classifier needs two; name another by label_column"
-            )
+        self.label_names = self._class_names(names[train])
         self.train, self.test = (
-            self._rows(splits[split], split, names[split]) for split in (train, test)
+            self._rows(tables[each], each, names[each]) for each in (train, test)
         )
         self._check_joined(names[train], names[test])
         if test_fraction:
             self.train, self.test = self.train.hold_out(test_fraction, 0)
 
+    def _class_names(self, found: dict[Any, str]) -> list[str]:
+        """Return the training split's class names in order, of which there must be two."""
+        names = list(found.values())
+        if len(names) < 2:
+            raise DataError(
+                f"{self.name} has one class alone ({', '.join(names) or 'none'}) in column "
+                f"{self.label_column!r}, and a classifier needs two; name another by label_column"
+            )
+        return names
+
     def _names_in(self, table: Table, file: str | None) -> dict[Any, str]:
         """Return the class names by value of a split's column of classes, in order."""
         feature = features_of(table)[self.label_column]
         if isinstance(feature, ClassLabel):
-            return dict(enumerate(_own_names(file, self.label_column) or feature.names))
+            return dict(enumerate(own_names(file, self.label_column) or feature.names))
         if isinstance(table, IterableDataset):
             raise DataError(
                 f"label_column={self.label_column!r} of {self.name} is of type {feature.dtype}, "
@@ -156,7 +121,7 @@ class ImageSource:
 
     def _check_joined(self, train: dict[Any, str], test: dict[Any, str]) -> None:
         """Refuse a test split with classes that the training split does not name."""
-        unknown = {value: name for value, name in test.items() if name not in set(_text(train))}
+        unknown = {value: name for value, name in test.items() if name not in set(train.values())}
         if not unknown or isinstance(self.test.table, IterableDataset):
             return
         used = set(self.test.table[self.label_column][:])
@@ -168,32 +133,11 @@ class ImageSource:
             )
 
 
-def _text(names: dict[Any, str]) -> list[str]:
-    return list(names.values())
-
-
-def listed(names: Sequence[str]) -> str:
-    """Return names as one line, cut where they are many."""
-    shown = ", ".join(names[:SHOWN])
-    return shown if len(names) <= SHOWN else f"{shown} and {len(names) - SHOWN} more"
-
-
-def features_of(table: Table) -> dict[str, Any]:
-    """Return a split's columns by name, also a stream's that does not tell before it is read."""
-    return table.features if table.features is not None else table._resolve_features().features
-
-
-def _own_names(file: str | None, column: str) -> list[str] | None:
-    """Return the class names that a parquet file gives a column; None if it gives none.
-
-    `datasets` takes those of one split for all.
-    """
-    if file is None:
-        return None
-    metadata = pyarrow.parquet.read_schema(file).metadata or {}
-    described = json.loads(metadata.get(b"huggingface", b"{}"))
-    feature = described.get("info", {}).get("features", {}).get(column, {})
-    return list(feature["names"]) if isinstance(feature, dict) and feature.get("names") else None
+def _check_fraction(fraction: float, test_split: str | None) -> None:
+    if not 0 <= fraction < 1:
+        raise DataError(f"test_fraction={fraction} must be at least 0 and below 1")
+    if test_split:
+        raise DataError(f"test_fraction takes the place of test_split={test_split!r}")
 
 
 def open_source(options: Any) -> ImageSource:
@@ -215,128 +159,6 @@ def open_source(options: Any) -> ImageSource:
     )
 
 
-def find_folder(name: str) -> Path | None:
-    """Return the folder that a dataset's name means, if any: from here, or from the checkout."""
-    folders = (Path(name).expanduser(), BESIDE_PACKAGE / name)
-    return next((path for path in folders if path.is_dir()), None)
-
-
-def open_dataset(
-    name: str,
-    config: str | None = None,
-    revision: str | None = None,
-    *,
-    streaming: bool = False,
-) -> Opened:
-    """Find a dataset's splits by its hub id or folder, the latter also from the checkout.
-
-    Args:
-        name: Hub id or folder.
-        config: Name of one of its configs, if it has several.
-        revision: Branch, tag or commit on the hub.
-        streaming: Read rows from where they lie instead of a local copy.
-
-    Raises:
-        DataError: If it is not there or cannot be loaded.
-    """
-    folder = find_folder(name)
-    if folder and revision:
-        raise DataError(f"dataset_revision={revision!r} is for a hub id, and {folder} is a folder")
-    if not folder and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
-        raise DataError(
-            f"dataset={name!r}: there is no such folder; give one that exists or a hub id ORG/NAME"
-        )
-    if folder and not config and not has_data_files(folder):
-        splits, passed_over = read_image_folder(folder)
-        if streaming:
-            return Opened({key: _as_stream(split) for key, split in splits.items()}, passed_over)
-        return Opened(dict(splits), passed_over)
-    try:
-        if folder and is_saved(folder):
-            saved = load_from_disk(str(folder))
-            return Opened(dict(saved) if isinstance(saved, dict) else dict(train=saved), {})
-        tables = tables_of_paths(folder) if folder and not config else {}
-        if tables:
-            return Opened(dict(load_dataset("csv", data_files=tables, streaming=streaming)), {})
-        loaded = load_dataset(
-            str(folder) if folder else name, config, revision=revision, streaming=streaming
-        )
-    except Exception as error:
-        raise _unusable(name, folder, error) from error
-    return Opened(dict(loaded), {}, _own_files(folder, config) if folder else {})
-
-
-def _unusable(name: str, folder: Path | None, error: Exception) -> DataError:
-    """Return what to tell of a dataset that `datasets` could not load."""
-    reason = f"({type(error).__name__}: {error})"
-    refusals = (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
-    if isinstance(error, OSError) and error.errno in refusals:
-        return DataError(
-            f"dataset={name!r}: its local copy cannot be written {reason}; set HF_HOME to a folder "
-            "that can be, with room"
-        )
-    if "config" in str(error).lower():
-        return DataError(f"dataset={name!r} {reason}; name one by dataset_config")
-    if folder:
-        return DataError(
-            f"dataset={name!r} is neither in hub layout nor an image folder {reason}; it needs "
-            "data/train-*.parquet or train/CLASS/IMAGE"
-        )
-    return DataError(
-        f"dataset={name!r} is neither a folder nor could it be loaded from the hub {reason}; "
-        "check the name and the network, or give a folder"
-    )
-
-
-def is_saved(folder: Path) -> bool:
-    """Tell whether a folder was written by `save_to_disk`."""
-    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
-
-
-def has_data_files(folder: Path) -> bool:
-    """Tell whether a folder holds tables, metadata of images or a card that names its files."""
-    card = folder / "README.md"
-    if is_saved(folder) or (
-        card.is_file() and "data_files:" in card.read_text(encoding="utf-8", errors="replace")
-    ):
-        return True
-    places = [folder, *(path for path in folder.iterdir() if path.is_dir())]
-    return bool(tables_of_paths(folder)) or any(
-        any(place.glob(pattern)) for place in places for pattern in DATA_FILES
-    )
-
-
-def tables_of_paths(folder: Path) -> dict[str, str]:
-    """Return a folder's CSV files of images' paths and classes by split; one is the training's."""
-    tables = {
-        SPLITS.get(path.stem.lower(), path.stem): str(path)
-        for path in sorted(folder.glob("*.csv"))
-        if path.name != "metadata.csv" and _names_images(path)
-    }
-    return dict(train=next(iter(tables.values()))) if len(tables) == 1 else tables
-
-
-def _names_images(path: Path) -> bool:
-    """Tell whether a CSV file has a column of images and one of classes."""
-    with path.open(newline="", encoding="utf-8", errors="replace") as file:
-        header = next(csv.reader(file), [])
-    return bool(set(IMAGE_NAMES) & set(header)) and bool(set(LABEL_NAMES) & set(header))
-
-
-def _as_stream(split: Any) -> IterableDataset:
-    name, count = str(split.split), len(split)
-    stream = split.to_iterable_dataset(num_shards=min(64, count))
-    stream.info.splits = SplitDict({name: SplitInfo(name, num_examples=count)})
-    return stream
-
-
-def _own_files(folder: Path, config: str | None) -> dict[str, str]:
-    """Return the first parquet file of each split of a folder in hub layout."""
-    files = load_dataset_builder(str(folder), config).config.data_files or {}
-    first = {str(split): str(paths[0]) for split, paths in files.items() if paths}
-    return {split: path for split, path in first.items() if path.endswith(".parquet")}
-
-
 def encoded(table: Table, image: str, *others: str, folder: Path | None = None) -> Table:
     """Return some columns of a split, the image still encoded.
 
@@ -352,136 +174,6 @@ def encoded(table: Table, image: str, *others: str, folder: Path | None = None) 
         paths = [path and str(folder / path) for path in table[image][:]]
         kept = kept.remove_columns(image).add_column(image, paths)
     return kept.cast_column(image, Image(decode=False))
-
-
-def pick_splits(
-    name: str, splits: dict[str, Table], train: str, test: str | None
-) -> tuple[str, str]:
-    """Return the names of the splits to train and to measure on; None takes the usual ones.
-
-    Raises:
-        DataError: If one is not there.
-    """
-    wanted = [test] if test else ["test", "validation"]
-    return _pick_split(name, splits, [train]), _pick_split(name, splits, wanted)
-
-
-def _pick_split(name: str, splits: dict[str, Table], wanted: list[str]) -> str:
-    for split in wanted:
-        if split in splits:
-            return split
-    raise DataError(
-        f"{name} has no split {' or '.join(map(repr, wanted))}; it has {', '.join(splits)}"
-    )
-
-
-def pick_image_column(name: str, features: dict[str, Any], wanted: str | None) -> tuple[str, str]:
-    """Return the column of images, and why it was chosen.
-
-    Raises:
-        DataError: If there is none, or several of which none has a usual name.
-    """
-    kinds: list[Callable[[str, Any], bool]] = [
-        lambda column, feature: isinstance(feature, Image),
-        lambda column, feature: _holds_bytes(feature),
-        lambda column, feature: column in IMAGE_NAMES and is_text(feature),
-    ]
-    return _pick(name, features, wanted, kinds, IMAGE_NAMES, "Image", "image_column")
-
-
-def pick_label_column(name: str, features: dict[str, Any], wanted: str | None) -> tuple[str, str]:
-    """Return the column of classes, and why it was chosen.
-
-    Raises:
-        DataError: If there is none, or several of which none has a usual name.
-    """
-    kinds: list[Callable[[str, Any], bool]] = [
-        lambda column, feature: isinstance(feature, ClassLabel),
-        lambda column, feature: column in LABEL_NAMES and is_plain(feature),
-        # any plain one, if it is named
-        *([lambda column, feature: column == wanted and is_plain(feature)] if wanted else []),
-    ]
-    return _pick(name, features, wanted, kinds, LABEL_NAMES, "ClassLabel", "label_column")
-
-
-def pick_column(
-    name: str, features: dict[str, Any], wanted: str | None, kind: type, option: str
-) -> str:
-    """Return the column of a type that an option names, or the only one.
-
-    Raises:
-        DataError: If there is none, or several and none is named.
-    """
-    return _pick(
-        name,
-        features,
-        wanted,
-        [lambda column, feature: isinstance(feature, kind)],
-        (),
-        kind.__name__,
-        option,
-    )[0]
-
-
-def _pick(
-    name: str,
-    features: dict[str, Any],
-    wanted: str | None,
-    kinds: Sequence[Callable[[str, Any], bool]],
-    usual: Sequence[str],
-    title: str,
-    option: str,
-) -> tuple[str, str]:
-    columns = ", ".join(
-        f"{column} ({feature.dtype if isinstance(feature, Value) else type(feature).__name__})"
-        for column, feature in features.items()
-    )
-    if wanted is not None:
-        feature = features.get(wanted)
-        if feature is not None and any(kind(wanted, feature) for kind in kinds):
-            return wanted, "named"
-        fault = "is not a column" if feature is None else f"is not of type {title}"
-        raise DataError(f"{option}={wanted!r} {fault} in {name}; its columns are {columns}")
-    for kind in kinds:
-        found = [column for column, feature in features.items() if kind(column, feature)]
-        named = [column for column in usual if column in found]
-        if len(found) == 1:
-            return found[0], f"the only one of type {title}"
-        if named:
-            return named[0], f"by its name, of {listed(found)}"
-        if found:
-            raise DataError(
-                f"{name} has several columns of type {title}: {listed(found)}; name one by {option}"
-            )
-    raise DataError(
-        f"{name} has no column of type {title}; name one by {option}; its columns are {columns}"
-    )
-
-
-def is_integer(feature: Any) -> bool:
-    """Tell whether a column, or a field of one, holds plain integers."""
-    return isinstance(feature, Value) and "int" in feature.dtype
-
-
-def is_text(feature: Any) -> bool:
-    """Tell whether a column holds words."""
-    return isinstance(feature, Value) and "string" in feature.dtype
-
-
-def is_plain(feature: Any) -> bool:
-    """Tell whether a column holds integers, words or truth values."""
-    return (
-        is_integer(feature)
-        or is_text(feature)
-        or (isinstance(feature, Value) and feature.dtype == "bool")
-    )
-
-
-def _holds_bytes(feature: Any) -> bool:
-    """Tell whether a column holds encoded images as pandas writes them: bytes, perhaps a path."""
-    if isinstance(feature, dict):
-        return set(feature) <= {"bytes", "path"} and _holds_bytes(feature.get("bytes"))
-    return isinstance(feature, Value) and "binary" in feature.dtype
 
 
 def facts(source: ImageSource, empty: Sequence[str] = ()) -> list[str]:

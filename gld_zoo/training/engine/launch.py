@@ -29,6 +29,7 @@ from gld_zoo.training.config.command_line import Command, parse_command
 from gld_zoo.training.config.options import Options
 from gld_zoo.training.engine import telling
 from gld_zoo.training.engine.interruption import Interruption, Stopped
+from gld_zoo.training.engine.optimizers import check_optimizer
 from gld_zoo.training.engine.task import Task
 from gld_zoo.training.engine.trainer import Trainer
 from gld_zoo.training.runs.run_folder import RunFolder
@@ -100,6 +101,7 @@ def run(kind: type[Task], recipe: Options, folder: Path, *, resume: bool = False
     if opened.finished:
         say(f"{folder} holds a finished run; nothing to resume")
         return
+    check_optimizer(recipe)  # before the images are read, so that its mistakes cost nothing
     interruption = Interruption(
         accelerator, max_minutes=recipe.max_minutes, checkpoint_minutes=recipe.checkpoint_minutes
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -42,33 +42,8 @@ def build_optimizer(recipe: Options, model: nn.Module, *, fused: bool) -> torch.
 
 def _create(recipe: Options, model: nn.Module, *, fused: bool) -> torch.optim.Optimizer:
     name = recipe.opt.lower().removeprefix("lookahead_")
-    if name not in list_optimizers():
-        raise ModelError(
-            f"opt={recipe.opt!r} is not an optimiser of timm; it has {', '.join(list_optimizers())}"
-        )
-    try:
-        info, kind = get_optimizer_info(name), get_optimizer_class(name, bind_defaults=False)
-    except (AssertionError, ImportError, RuntimeError) as error:  # of a package or a GPU
-        raise ModelError(f"opt={recipe.opt!r} cannot be used here: {error}") from error
-    takes = inspect.signature(kind).parameters
-    if info.second_order:
-        raise ModelError(
-            f"opt={recipe.opt!r} needs second derivatives, which the trainer does not take"
-        )
-    if not info.has_momentum:
-        _refuse_given(recipe, "momentum")
-    if "nesterov" not in takes:
-        _refuse_given(recipe, "nesterov")
-    options: dict[str, Any] = {}
-    if "nesterov" in takes and (recipe.nesterov or not name.startswith("n")):
-        # of many it is timm's default; nesterov, nlars and the like say it by their name
-        options["nesterov"] = recipe.nesterov
-    if recipe.betas is not None:
-        if not info.has_betas or len(recipe.betas) != info.num_betas:
-            count = info.num_betas if info.has_betas else "none"
-            raise ModelError(f"betas={recipe.betas}: opt={recipe.opt!r} has {count}; set as many")
-        options["betas"] = tuple(recipe.betas)
-    if "fused" in takes:
+    options = _options_of(recipe, name)
+    if "fused" in _arguments_of(recipe, name):
         options["fused"] = fused
     plain = "momentum" if name == "sgd" and not recipe.nesterov else name
     # timm makes groups only of a whole model
@@ -93,6 +68,50 @@ def _create(recipe: Options, model: nn.Module, *, fused: bool) -> torch.optim.Op
             f"layer_decay={recipe.layer_decay} finds no layers in this model; leave it out"
         )
     return optimizer
+
+
+def check_optimizer(recipe: Options) -> None:
+    """Refuse an optimiser that is not there, or options that it does not take.
+
+    Raises:
+        ModelError: If it is so; the message names the option.
+    """
+    _options_of(recipe, recipe.opt.lower().removeprefix("lookahead_"))
+
+
+def _arguments_of(recipe: Options, name: str) -> Mapping[str, inspect.Parameter]:
+    """Return what an optimiser of timm takes, by name."""
+    if name not in list_optimizers():
+        raise ModelError(
+            f"opt={recipe.opt!r} is not an optimiser of timm; it has {', '.join(list_optimizers())}"
+        )
+    try:
+        return inspect.signature(get_optimizer_class(name, bind_defaults=False)).parameters
+    except (AssertionError, ImportError, RuntimeError) as error:  # of a package or a GPU
+        raise ModelError(f"opt={recipe.opt!r} cannot be used here: {error}") from error
+
+
+def _options_of(recipe: Options, name: str) -> dict[str, Any]:
+    """Return the options that a recipe gives its optimiser beside those of all."""
+    takes, info = _arguments_of(recipe, name), get_optimizer_info(name)
+    if info.second_order:
+        raise ModelError(
+            f"opt={recipe.opt!r} needs second derivatives, which the trainer does not take"
+        )
+    if not info.has_momentum:
+        _refuse_given(recipe, "momentum")
+    if "nesterov" not in takes:
+        _refuse_given(recipe, "nesterov")
+    options: dict[str, Any] = {}
+    if "nesterov" in takes and (recipe.nesterov or not name.startswith("n")):
+        # of many it is timm's default; nesterov, nlars and the like say it by their name
+        options["nesterov"] = recipe.nesterov
+    if recipe.betas is not None:
+        if not info.has_betas or len(recipe.betas) != info.num_betas:
+            count = info.num_betas if info.has_betas else "none"
+            raise ModelError(f"betas={recipe.betas}: opt={recipe.opt!r} has {count}; set as many")
+        options["betas"] = tuple(recipe.betas)
+    return options
 
 
 def clip_gradients(recipe: Options, model: nn.Module) -> None:

@@ -19,10 +19,12 @@ import numpy as np
 from datasets import Image
 
 from gld_zoo.training.common.errors import DataError
+from gld_zoo.training.data.columns import features_of, listed
 from gld_zoo.training.data.detection_rows import DetectionSource, as_lists
+from gld_zoo.training.data.opening import open_dataset
 from gld_zoo.training.data.rows import ImageRows
 from gld_zoo.training.data.segmentation_rows import IGNORE, SegmentationSource
-from gld_zoo.training.data.sources import features_of, listed, open_dataset, open_source
+from gld_zoo.training.data.sources import open_source
 
 SAMPLE = 200  # images of each split whose sizes and modes are looked at
 RARE = 10  # classes that the table shows

@@ -52,36 +52,37 @@ def evaluate(
     """
     labels = source.label_names
     measured = prepare(name, device, image_size=image_size, label_names=labels)
-    reference = None  # built before the images are read, so that its mistakes cost nothing
-    if teacher:
-        reference = _reference(teacher, measured, labels, device)
+    reference = _reference(teacher, measured, labels, device) if teacher else None
     missing = missing_local_rows(measured.model, measured.size, grid, device)
-    batches = measuring_batches(
-        source.test, measured, device, batch_size=batch_size, workers=workers
-    )
+    batches = measuring_batches(source.test, measured, device, batch_size, workers)
     scores = collect(measured.model, batches, 0 if missing else grid, mirror=mirror)
-    if picture:
-        with replacing(picture) as temporary:
-            draw_confusion(scores.confusion(), labels, temporary)
-    result: dict[str, Any] = dict(
+    _draw(scores, labels, picture)
+    result = dict(
         model=name,
         dataset=source.name,
         **_of_scores(scores, measured, device),
         mirror=mirror,
         class_top1=dict(zip(labels, scores.top1_by_class(), strict=True)),
+        **(dict(local_top1=missing or scores.local_top1()) if grid else {}),
     )
-    if grid:
-        rows = range(1, scores.logits.shape[1])
-        result.update(local_top1=missing or [scores.top(1, row) for row in rows])
     if reference:
         result.update(teacher=teacher, **_compared(scores, reference, batches))
     return result
 
 
+def _draw(scores: Scores, label_names: list[str], picture: Path | None) -> None:
+    if picture:
+        with replacing(picture) as temporary:
+            draw_confusion(scores.confusion(), label_names, temporary)
+
+
 def _reference(
     name: str, measured: Measured, label_names: list[str], device: torch.device
 ) -> Teacher:
-    """Return a model to compare with, which is given the images of the one measured."""
+    """Return a model to compare with, which is given the images of the one measured.
+
+    It is built before they are read, so that its mistakes cost nothing.
+    """
     theirs = prepare(
         name, device, image_size=measured.size, label_names=label_names, role="teacher"
     )

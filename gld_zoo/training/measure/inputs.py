@@ -84,7 +84,6 @@ def measuring_batches(
     rows: Rows,
     measured: Measured,
     device: torch.device,
-    *,
     batch_size: int = 250,
     workers: int = 0,
 ) -> EvalBatches:

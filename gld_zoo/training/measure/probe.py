@@ -54,27 +54,34 @@ def linear_probe(
 
     parts = source.train.hold_out(HELD_OUT, seed)
     kept, held = (extract(rows, mirrored=mirror) for rows in parts)
-    classes = len(source.label_names)
-    penalty = choose_penalty(kept, (held[0][:, :1], held[1]), classes)
-    features, target = (torch.cat(parts) for parts in zip(kept, held, strict=True))
-    classifier = fit(features, target, classes, penalty)
     test = extract(source.test)
     return dict(
         model=name,
         dataset=source.name,
-        train_images=len(target),
+        train_images=len(kept[1]) + len(held[1]),
         test_images=len(test[1]),
         image_size=measured.size,
-        features=features.shape[-1],
+        features=kept[0].shape[-1],
+        **fit_and_score(kept, held, test, len(source.label_names)),
+    )
+
+
+Features = tuple[torch.Tensor, torch.Tensor]  # `[N, V, D]` of V views of each image; classes `[N]`
+
+
+def fit_and_score(kept: Features, held: Features, test: Features, classes: int) -> dict[str, float]:
+    """Return the penalty that is best on images held out, and the top-1 in % of all with it."""
+    penalty = choose_penalty(kept, (held[0][:, :1], held[1]), classes)
+    features, target = (torch.cat(parts) for parts in zip(kept, held, strict=True))
+    classifier = fit(features, target, classes, penalty)
+    return dict(
         penalty=penalty,
         train_top1=top1_of(classifier, features[:, :1], target),
         top1=top1_of(classifier, *test),
     )
 
 
-def choose_penalty(
-    kept: tuple[torch.Tensor, torch.Tensor], held: tuple[torch.Tensor, torch.Tensor], classes: int
-) -> float:
+def choose_penalty(kept: Features, held: Features, classes: int) -> float:
     """Return the penalty whose classifier is best on images held out.
 
     Args:

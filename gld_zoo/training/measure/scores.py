@@ -27,6 +27,10 @@ class Scores:
         hits = logits.topk(min(k, logits.shape[1])).indices == self.target[:, None]
         return 100 * hits.any(1).double().mean().item()
 
+    def local_top1(self) -> list[float]:
+        """Return the top-1 of each cell in %."""
+        return [self.top(1, row) for row in range(1, self.logits.shape[1])]
+
     def confusion(self) -> torch.Tensor:
         """Return the images int64 `[K, K]` of each class (rows) by the class given (columns)."""
         classes = self.logits.shape[-1]

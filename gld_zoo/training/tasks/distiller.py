@@ -19,8 +19,9 @@ from gld_zoo.training.build.run_models import build_models
 from gld_zoo.training.common.errors import DataError, ModelError
 from gld_zoo.training.config.recipe import PAPER_BETA, Recipe
 from gld_zoo.training.data.batches import Data, EvalBatches, Share
+from gld_zoo.training.data.columns import listed
 from gld_zoo.training.data.loaders import load_data
-from gld_zoo.training.data.sources import ImageSource, facts, listed, open_source
+from gld_zoo.training.data.sources import ImageSource, facts, open_source
 from gld_zoo.training.engine.task import Task, Terms
 from gld_zoo.training.runs.on_record import labels_alone
 

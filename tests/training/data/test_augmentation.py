@@ -13,7 +13,7 @@ from gld_zoo.training.config.recipe import Recipe
 from gld_zoo.training.data.batches import Normalize, Share, Transforms, cut_out, mirrored_first
 from gld_zoo.training.data.keyed import KeyedBatches
 from gld_zoo.training.data.loaders import load_data
-from gld_zoo.training.data.memory import Split, TensorBatches
+from gld_zoo.training.data.memory import MemoryBatches, Split
 from gld_zoo.training.data.mixing import MixedBatches, cut_and_mix, mix
 from gld_zoo.training.data.sources import open_source
 
@@ -32,7 +32,7 @@ def numbered(count=COUNT, size=32):
 
 def batches_of(split, normalize=PIXELS, **options):
     defaults = dict(batch_size=8, crop_padding=0, flip=False, seed=3, share=ALONE)
-    return TensorBatches(split, normalize, **{**defaults, **options})
+    return MemoryBatches(split, normalize, **{**defaults, **options})
 
 
 def mixed(mixup=0.0, cutmix=0.0, batch_size=8, seed=3, share=ALONE):
@@ -303,7 +303,7 @@ def test_a_recipes_cutout_is_a_square_of_the_mean_colour_on_both_paths(tiny_data
 def test_what_takes_images_one_by_one_chooses_the_loader(tiny_dataset, options):
     batches = loaded(tiny_dataset, **options)
     assert isinstance(batches, KeyedBatches)
-    assert isinstance(loaded(tiny_dataset), TensorBatches)
+    assert isinstance(loaded(tiny_dataset), MemoryBatches)
     plain, _ = collect(loaded(tiny_dataset).epoch(0))
     images, _ = collect(batches.epoch(0))
     changed = (images != plain).flatten(2).any(2).sum()

@@ -21,7 +21,7 @@ from gld_zoo.training.data.keyed import (
     transform_under,
 )
 from gld_zoo.training.data.loaders import eval_batches
-from gld_zoo.training.data.memory import TensorEval, decode
+from gld_zoo.training.data.memory import MemoryEval, decode
 from gld_zoo.training.data.sources import ImageSource
 from helpers import CHECKOUT, write_dataset
 
@@ -100,7 +100,7 @@ def test_measured_images_are_those_of_the_tensor_path(source):
     for world_size in (1, 2):
         for rank in range(world_size):
             options = dict(batch_size=8, share=Share(rank, world_size))
-            expected = list(TensorEval(split, NORMALIZE, **options))
+            expected = list(MemoryEval(split, NORMALIZE, **options))
             options.update(workers=1, in_memory=False)
             found = eval_batches(source.test, config, 24, NORMALIZE.device, **options)
             for (images, labels), (theirs, targets) in zip(found, expected, strict=True):

@@ -405,7 +405,7 @@ def test_a_cache_that_cannot_be_written_is_no_fault_of_the_dataset(tmp_path, mon
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied", "/cache")
 
-    monkeypatch.setattr("gld_zoo.training.data.sources.load_dataset", refuse)
+    monkeypatch.setattr("gld_zoo.training.data.opening.load_dataset", refuse)
     with pytest.raises(DataError, match=r"local copy cannot be written .* set HF_HOME"):
         ImageSource("some/where")
 
@@ -413,7 +413,7 @@ def test_a_cache_that_cannot_be_written_is_no_fault_of_the_dataset(tmp_path, mon
 def test_datasets_is_not_asked_to_look_at_image_folders(tmp_path, monkeypatch):
     """Whose file-name patterns would guess at splits."""
     monkeypatch.setattr(datasets, "load_dataset", None)
-    monkeypatch.setattr("gld_zoo.training.data.sources.load_dataset", None)
+    monkeypatch.setattr("gld_zoo.training.data.opening.load_dataset", None)
     assert_read(ImageSource(str(tidy(tmp_path))), dict.fromkeys(THREE, (4, 2)))
 
 

@@ -14,7 +14,7 @@ from gld_zoo.training.common.errors import DataError
 from gld_zoo.training.config.recipe import Recipe
 from gld_zoo.training.data.batches import Normalize, Share, Transforms, derive_seed
 from gld_zoo.training.data.loaders import fits_in_memory
-from gld_zoo.training.data.memory import Split, TensorBatches, TensorEval, decode
+from gld_zoo.training.data.memory import MemoryBatches, MemoryEval, Split, decode
 from gld_zoo.training.data.sources import ImageSource
 from helpers import BUNDLED, FEATURES, write_dataset
 
@@ -38,7 +38,7 @@ def bordered(split, padding):
 def batches_of(split, **options):
     defaults = dict(batch_size=8, crop_padding=4, flip=True, seed=3, share=Share())
     options = {**defaults, **options}
-    return TensorBatches(bordered(split, options["crop_padding"]), NORMALIZE, **options)
+    return MemoryBatches(bordered(split, options["crop_padding"]), NORMALIZE, **options)
 
 
 def decoded(source, size):
@@ -291,7 +291,7 @@ def test_every_offset_is_drawn_and_half_are_mirrored():
     place = torch.arange(1, size**2 + 1, dtype=torch.uint8).reshape(size, size, 1)
     split = Split(place.expand(count, size, size, 3).clone(), torch.zeros(count, dtype=torch.int64))
     plain = Normalize((0, 0, 0), (1 / 255,) * 3, CPU)
-    batches = TensorBatches(
+    batches = MemoryBatches(
         bordered(split, padding),
         plain,
         batch_size=count,
@@ -355,7 +355,7 @@ def test_evaluation_neither_drops_nor_pads(split):
         seen = []
         for rank in range(world_size):
             share = Share(rank, world_size)
-            for images, labels in TensorEval(split, NORMALIZE, batch_size=8, share=share):
+            for images, labels in MemoryEval(split, NORMALIZE, batch_size=8, share=share):
                 torch.testing.assert_close(images[0], crop(split, int(labels[0]), 4, 4, False))
                 seen += labels.tolist()
         assert sorted(seen) == list(range(26))
