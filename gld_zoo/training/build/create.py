@@ -171,5 +171,3 @@ class GlobalOnly(nn.Module):
             if isinstance(features, (list, tuple)):  # of several branches
                 return model.forward_head([part.to(dtype) for part in features])
             return model.forward_head(features.to(dtype))
-
-

@@ -1,11 +1,4 @@
-"""Show what a run would read of a dataset: splits, columns, classes, and what is odd.
-
-    python train/data.py DATASET
-    python train/data.py DATASET --json facts.json --picture sheet.png
-
-Boxes (a column `objects`) and masks (a column `mask`) are known by their columns. A dataset that no
-run could use ends in an error and status 1.
-"""
+"""What a run would read of a dataset: splits, columns, classes, sizes, and what is odd."""
 
 from __future__ import annotations
 

@@ -1,10 +1,4 @@
-"""Draw what a detector or a segmenter finds in images.
-
-    python train/predict.py runs/mine-0/last photo.jpg photos/ --out drawn
-    python train/predict.py runs/mine-0 'photos/*.png' --out drawn --threshold 0.5
-
-Boxes carry their class and confidence; masks are coloured by class, their names beside the image.
-"""
+"""Drawings of what a detector or a segmenter finds in an image."""
 
 from __future__ import annotations
 

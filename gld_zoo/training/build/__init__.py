@@ -1,0 +1,1 @@
+"""Models by name, ready to train or to teach."""
