@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from gld_zoo.training.build.class_names import check_class_names, names_of
-from gld_zoo.training.common.errors import ModelError
-
-import contextlib
-import copy
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +11,11 @@ import torch
 import torch.nn as nn
 from safetensors.torch import save
 from timm.data import resolve_model_data_config
-from timm.layers import Conv2dSame
 
-from gld_zoo import GlobalLocal
-from gld_zoo.distillation.folding import fold_batch_norm
-from gld_zoo.distillation.heads import Grid, classifiers
+from gld_zoo.distillation.heads import classifiers
 from gld_zoo.hub import create_model
+from gld_zoo.training.build.class_names import check_class_names, names_of
+from gld_zoo.training.common.errors import ModelError
 
 
 def create_student(

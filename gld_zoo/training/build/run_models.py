@@ -10,7 +10,6 @@ import torch._inductor.config
 import torch.nn as nn
 from accelerate import Accelerator
 
-from gld_zoo.training.data.batches import derive_seed
 from gld_zoo import GlobalLocal
 from gld_zoo.training.build.create import (
     GlobalOnly,
@@ -21,10 +20,11 @@ from gld_zoo.training.build.create import (
     set_training_mode,
     weights_sha256,
 )
-from gld_zoo.training.build.teacher import Teacher
 from gld_zoo.training.build.refusals import check_lone_image, refusals
-from gld_zoo.training.config.recipe import Recipe
 from gld_zoo.training.build.sync_batch_norm import synchronise_batch_norm
+from gld_zoo.training.build.teacher import Teacher
+from gld_zoo.training.config.recipe import Recipe
+from gld_zoo.training.data.batches import derive_seed
 
 
 class Models(NamedTuple):

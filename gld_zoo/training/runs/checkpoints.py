@@ -12,8 +12,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from gld_zoo.training.common.errors import CheckpointError, DiskError
 from gld_zoo.training.common.disk import replace_folder, sha256, writing
+from gld_zoo.training.common.errors import CheckpointError, DiskError
 
 
 def save_checkpoint(

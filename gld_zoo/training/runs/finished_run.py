@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from gld_zoo.training.common.disk import sha256
-from gld_zoo.training.config.recipe import Recipe
 from gld_zoo.training.common.errors import RunError
+from gld_zoo.training.config.recipe import Recipe
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from gld_zoo.training.common.errors import RunError
-
 import errno
 import json
 import math
@@ -16,11 +14,11 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from gld_zoo.training.runs.curves import draw_curves, measured_split
-from gld_zoo.training.common.errors import HeldError
 from gld_zoo.training.common.disk import lock, replace_folder, replacing, write_text, writing
-from gld_zoo.training.runs.environment import changed_environment, describe_environment
+from gld_zoo.training.common.errors import HeldError, RunError
 from gld_zoo.training.config.options import Options
+from gld_zoo.training.runs.curves import draw_curves, measured_split
+from gld_zoo.training.runs.environment import changed_environment, describe_environment
 
 LOCK = ".lock"
 REDRAW_SECONDS = 60.0  # a picture takes the better part of one
