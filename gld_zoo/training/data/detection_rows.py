@@ -15,8 +15,8 @@ from gld_zoo.training.common.errors import DataError
 from gld_zoo.training.data.columns import is_integer, pick_image_column
 from gld_zoo.training.data.keyed import Sample, move
 from gld_zoo.training.data.opening import open_dataset, pick_splits
+from gld_zoo.training.data.orientation import UPRIGHT, orientation_of
 from gld_zoo.training.data.rows import ImageRows
-from gld_zoo.training.data.segmentation_rows import UPRIGHT, orientation_of
 from gld_zoo.training.data.sources import encoded
 
 Format = Literal["xyxy", "xywh"]

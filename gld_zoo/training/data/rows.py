@@ -151,6 +151,14 @@ class Rows(ImageRows):
             raise self.label_error(self.place(row), column[row], f" ({len(wrong)} such rows)")
         return labels.to(torch.int64)
 
+    def counts(self) -> list[int]:
+        """Return how many rows each class has.
+
+        Raises:
+            DataError: If a label is out of range.
+        """
+        return self.labels().bincount(minlength=self.classes).tolist()
+
     def hold_out(self, fraction: float, seed: int) -> tuple[Rows, Rows]:
         """Split the rows class by class: those to keep, and a `fraction` (rounded) held out.
 

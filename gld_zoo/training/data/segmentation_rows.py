@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Image
-from PIL import ExifTags
-from PIL import Image as PILImage
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
@@ -21,12 +17,12 @@ from gld_zoo.training.common.errors import DataError
 from gld_zoo.training.data.columns import pick_column, pick_image_column
 from gld_zoo.training.data.keyed import PixelsToDevice, Sample
 from gld_zoo.training.data.opening import open_dataset, pick_splits
+from gld_zoo.training.data.orientation import UPRIGHT, orientation_of
 from gld_zoo.training.data.rows import ImageRows
 from gld_zoo.training.data.sources import encoded
 
 IGNORE = 255
 LOOKED_AT = 1000  # masks at most, before training; decoding them takes seconds
-UPRIGHT = 1  # what EXIF calls an image that is seen as it is stored
 # how a mask of an image as it is stored comes to lie as the image is seen, by EXIF's orientations
 # that change places of width and height
 TURNS = {
@@ -35,7 +31,6 @@ TURNS = {
     7: lambda mask: mask.rot90(2).T,
     8: lambda mask: mask.rot90(1),
 }
-PNG_TAGS = {"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"}
 
 
 class SegmentationSource:
@@ -172,19 +167,6 @@ class SegmentationRows(ImageRows):
         if values.dtype.kind == "f":
             raise DataError(f"{place} has a mask of {values.dtype}; it needs integers, the classes")
         return torch.from_numpy(values.astype(np.int64))
-
-
-def orientation_of(item: dict[str, Any]) -> int:
-    """Return how EXIF turns an encoded image that can be read: 1 for not at all, up to 8."""
-    content, path = item["bytes"], item["path"]
-    if content is None and not Path(path).is_file():  # as an address, whose tags are not looked at
-        return UPRIGHT
-    with PILImage.open(path if content is None else io.BytesIO(content)) as image:
-        # a PNG without tags before its pixels would be decoded whole to look for some behind them
-        if image.format == "PNG" and not PNG_TAGS & image.info.keys():
-            return UPRIGHT
-        turn = image.getexif().get(ExifTags.Base.Orientation, UPRIGHT)
-    return turn if turn in range(1, 9) else UPRIGHT
 
 
 def _laid_as_seen(mask: torch.Tensor, turn: int, seen: tuple[int, ...], place: str) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -65,7 +65,10 @@ def describe(options: Any) -> tuple[dict[str, Any], dict[str, ImageRows]]:
 def _describe_classes(options: Any) -> tuple[dict[str, Any], dict[str, ImageRows]]:
     source = open_source(options)
     rows = dict(zip(("train", source.test_split), (source.train, source.test), strict=True))
-    counts = {name: _by_class(part.labels(), source.label_names) for name, part in rows.items()}
+    counts = {
+        name: dict(zip(source.label_names, part.counts(), strict=True))
+        for name, part in rows.items()
+    }
     warnings = [
         f"no image of {len(empty)} classes in {name}: {listed(empty)}"
         for name, by_class in counts.items()
@@ -82,11 +85,6 @@ def _describe_classes(options: Any) -> tuple[dict[str, Any], dict[str, ImageRows
         warnings=warnings,
     )
     return found, dict(rows)
-
-
-def _by_class(labels: Any, names: Sequence[str]) -> dict[str, int]:
-    counts = labels.bincount(minlength=len(names)).tolist()
-    return dict(zip(names, counts, strict=True))
 
 
 def _describe_boxes(options: Any) -> tuple[dict[str, Any], dict[str, ImageRows]]:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+import gld_zoo
+
 
 def describe_environment(accelerator: Accelerator) -> dict[str, Any]:
     """Return what a reader needs to judge and repeat a run."""
@@ -68,11 +70,17 @@ def changed_environment(first: dict[str, Any], now: dict[str, Any]) -> list[tupl
 
 
 def _commit() -> str | None:
-    folder = Path(__file__).parent
+    """Return the commit of the checkout that the package lies in, or of an installed one None.
+
+    That may lie in a repository of other things, as an environment in a project does.
+    """
+    checkout = Path(gld_zoo.__file__).resolve().parent.parent
+    if not (checkout / ".git").exists():
+        return None
     try:
         return subprocess.check_output(
             ["git", "describe", "--always", "--dirty"],
-            cwd=folder,
+            cwd=checkout,
             text=True,
             stderr=subprocess.DEVNULL,
         ).strip()

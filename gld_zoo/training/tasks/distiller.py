@@ -207,7 +207,7 @@ def check_classes(source: ImageSource, *, allowed: bool) -> list[str]:
     Raises:
         DataError: If there are some and they are not allowed.
     """
-    counts = source.train.labels().bincount(minlength=len(source.label_names))
+    counts = source.train.counts()
     empty = [name for name, count in zip(source.label_names, counts, strict=True) if not count]
     if empty and not allowed:
         raise DataError(
