@@ -33,7 +33,7 @@ class SeedRun:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Teacher:
+class TeacherRecord:
     """From what a row's runs were distilled: its name, the hash of its weights, its top-1 in %."""
 
     name: str
@@ -52,7 +52,7 @@ class Row:
     """
 
     dataset: str
-    teacher: Teacher | None
+    teacher: TeacherRecord | None
     parameters: int
     recipe: str
     changes: dict[str, Any]
@@ -95,7 +95,7 @@ class Row:
         return cls(
             **dict(
                 _known(cls, values),
-                teacher=teacher and Teacher(**_known(Teacher, teacher)),
+                teacher=teacher and TeacherRecord(**_known(TeacherRecord, teacher)),
                 runs=[SeedRun(**_known(SeedRun, run)) for run in runs],
             )
         )

@@ -78,7 +78,7 @@ def release(
     teacher = teacher_on_record(first.summary["teacher"])
     with tempfile.TemporaryDirectory() as temporary:
         folder = repack(first, Path(temporary), float16=float16 and ship)
-        measured = measure(folder, name, first, test_set, tolerance=0.05 if float16 else 0.01)
+        measured = measure_file(folder, name, first, test_set, tolerance=0.05 if float16 else 0.01)
         digest = sha256(folder / "model.safetensors")
         copy_files(folder, first, name, ship=ship)
     return Row.from_dict(
@@ -120,7 +120,7 @@ def check_architecture(runs: list[FinishedRun], name: str) -> None:
             raise ValueError(f"{run.path} trained {run.recipe.student}, not {name}")
 
 
-def measure(
+def measure_file(
     folder: Path, name: str, run: FinishedRun, test_set: str, *, tolerance: float
 ) -> dict[str, Any]:
     """Return what the very file scores.

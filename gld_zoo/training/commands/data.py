@@ -23,7 +23,7 @@ from gld_zoo.training.common.errors import DataError, DiskError
 from gld_zoo.training.config.dataset_options import add_source_options
 from gld_zoo.training.data.columns import listed
 from gld_zoo.training.measure.contact_sheet import draw_sheet
-from gld_zoo.training.measure.dataset_report import describe
+from gld_zoo.training.measure.dataset_report import report_on
 
 RARE = 10  # classes that the table shows
 
@@ -49,9 +49,9 @@ def cli(arguments: list[str], prog: str | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     try:
-        found, rows = describe(options)
+        found, rows = report_on(options)
         text = json.dumps(found, indent=2)
-        print(text if options.json == "-" else table(found, _told(found)))
+        print(text if options.json == "-" else report_text(found, _told(found)))
         if options.json not in (None, "-"):
             write_text(Path(options.json), text + "\n")
         if options.picture:
@@ -62,11 +62,11 @@ def cli(arguments: list[str], prog: str | None = None) -> None:
         sys.exit(f"error: {error}")
 
 
-def table(facts_: dict[str, Any], lines: Sequence[str]) -> str:
+def report_text(facts_: dict[str, Any], lines: Sequence[str]) -> str:
     """Return what was found as lines for people.
 
     Args:
-        facts_: As `describe` returned it.
+        facts_: As `report_on` returned it.
         lines: What `facts` says beside it.
     """
     splits = ", ".join(f"{name} {count:,}" for name, count in facts_["splits"].items())

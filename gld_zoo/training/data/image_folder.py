@@ -53,7 +53,7 @@ def read_image_folder(folder: Path) -> tuple[DatasetDict, dict[str, int]]:
     Raises:
         DataError: If the layout is another one; it names the file or folder.
     """
-    found = find_images(folder)
+    found = list_images(folder)
     names = sort_names(name for classes in found.images.values() for name in classes)
     if len(names) == 1:
         raise DataError(_one_class(folder, names[0]))
@@ -85,7 +85,7 @@ def _check_joined(folder: Path, found: Found) -> None:
             )
 
 
-def find_images(folder: Path) -> Found:
+def list_images(folder: Path) -> Found:
     """List the images of a folder by split and class.
 
     Raises:

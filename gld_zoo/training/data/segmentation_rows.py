@@ -220,7 +220,7 @@ class MeasuringTransform:
         return self.resize(image), mask
 
 
-def listed(samples: list[Sample]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def collate_lists(samples: list[Sample]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Return pixels uint8 `[1, H, W, 3]` and masks `[H, W]` of each image: sizes differ."""
     images, masks = zip(*samples, strict=True)
     return [image.permute(1, 2, 0)[None].contiguous() for image in images], list(masks)

@@ -25,7 +25,7 @@ SHEET = 40  # images of the contact sheet
 CHUNK = 256  # encoded images in memory at a time
 
 
-def describe(options: Any) -> tuple[dict[str, Any], dict[str, ImageRows]]:
+def report_on(options: Any) -> tuple[dict[str, Any], dict[str, ImageRows]]:
     """Return what a run would read, and the rows of both of its splits by name.
 
     Args:

@@ -14,7 +14,7 @@ from gld_zoo.training.common.disk import replacing
 from gld_zoo.training.data.batches import EvalBatches
 from gld_zoo.training.data.sources import ImageSource
 from gld_zoo.training.measure.confusion import draw_confusion
-from gld_zoo.training.measure.inputs import Measured, measuring_batches, prepare
+from gld_zoo.training.measure.inputs import Measured, build_measured, measuring_batches
 from gld_zoo.training.measure.scores import Scores, collect
 
 
@@ -51,7 +51,7 @@ def evaluate(
         ModelError: If a model does not.
     """
     labels = source.label_names
-    measured = prepare(name, device, image_size=image_size, label_names=labels)
+    measured = build_measured(name, device, image_size=image_size, label_names=labels)
     reference = _reference(teacher, measured, labels, device) if teacher else None
     missing = missing_local_rows(measured.model, measured.size, grid, device)
     batches = measuring_batches(source.test, measured, device, batch_size, workers)
@@ -83,7 +83,7 @@ def _reference(
 
     It is built before they are read, so that its mistakes cost nothing.
     """
-    theirs = prepare(
+    theirs = build_measured(
         name, device, image_size=measured.size, label_names=label_names, role="teacher"
     )
     return Teacher(theirs.model, None, measured.config["mean"], measured.config["std"])

@@ -25,7 +25,7 @@ class Measured(NamedTuple):
     size: int
 
 
-def prepare(
+def build_measured(
     name: str,
     device: torch.device,
     *,

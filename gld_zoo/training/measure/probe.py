@@ -12,7 +12,7 @@ from gld_zoo.training.common.errors import DataError
 from gld_zoo.training.data.batches import EvalBatches
 from gld_zoo.training.data.rows import Rows
 from gld_zoo.training.data.sources import ImageSource
-from gld_zoo.training.measure.inputs import measuring_batches, prepare
+from gld_zoo.training.measure.inputs import build_measured, measuring_batches
 
 PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 HELD_OUT = 0.1  # of the training images, to choose the penalty
@@ -45,7 +45,7 @@ def linear_probe(
         DataError: If the dataset does not fit.
         ModelError: If the model does not.
     """
-    measured = prepare(name, device, image_size=image_size)
+    measured = build_measured(name, device, image_size=image_size)
     check_features_fit(measured.model, len(source.train), mirror)
 
     def extract(rows: Rows, *, mirrored: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,7 +73,7 @@ def fit_and_score(kept: Features, held: Features, test: Features, classes: int) 
     """Return the penalty that is best on images held out, and the top-1 in % of all with it."""
     penalty = choose_penalty(kept, (held[0][:, :1], held[1]), classes)
     features, target = (torch.cat(parts) for parts in zip(kept, held, strict=True))
-    classifier = fit(features, target, classes, penalty)
+    classifier = fit_classifier(features, target, classes, penalty)
     return dict(
         penalty=penalty,
         train_top1=top1_of(classifier, features[:, :1], target),
@@ -89,7 +89,7 @@ def choose_penalty(kept: Features, held: Features, classes: int) -> float:
         held: Those held out, as they are and not mirrored: `[M, 1, D]` and `[M]`.
         classes: K.
     """
-    return max(PENALTIES, key=lambda value: top1_of(fit(*kept, classes, value), *held))
+    return max(PENALTIES, key=lambda value: top1_of(fit_classifier(*kept, classes, value), *held))
 
 
 def check_features_fit(model: Any, images: int, mirror: bool) -> None:
@@ -146,7 +146,9 @@ class Classifier(torch.nn.Module):
         return F.linear(standardized, self.weight, self.bias)
 
 
-def fit(features: torch.Tensor, target: torch.Tensor, classes: int, penalty: float) -> Classifier:
+def fit_classifier(
+    features: torch.Tensor, target: torch.Tensor, classes: int, penalty: float
+) -> Classifier:
     """Fit multinomial logistic regression: mean cross-entropy + penalty / 2 · |weight|².
 
     Args:

@@ -18,7 +18,7 @@ from gld_zoo.training.common.errors import RunError
 from gld_zoo.training.config.recipe import Recipe
 from gld_zoo.training.data.sources import ImageSource, open_source
 from gld_zoo.training.measure.evaluation import evaluate
-from gld_zoo.training.measure.inputs import Measured, measuring_batches, prepare
+from gld_zoo.training.measure.inputs import Measured, build_measured, measuring_batches
 from gld_zoo.training.measure.scores import collect
 from gld_zoo.training.publish.onnx_files import OnnxModel, check_packages, quantize, write_onnx
 from gld_zoo.training.runs.finished_run import FinishedRun
@@ -135,7 +135,7 @@ def _write_onnx_files(
     folder: Path, contents: Contents, source: ImageSource | None
 ) -> dict[str, float]:
     """Write what is asked for of ONNX; return the top-1 in % of the file of 8 bits, if any."""
-    written = prepare(f"local-dir:{folder}", CPU)
+    written = build_measured(f"local-dir:{folder}", CPU)
     names = written.model.pretrained_cfg["label_names"]
     write_onnx(written.model, folder / "model.onnx", written.config, names)
     if source is None or not contents.int8:

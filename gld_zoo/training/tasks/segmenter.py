@@ -23,7 +23,7 @@ from gld_zoo.training.data.segmentation_rows import (
     ListsToDevice,
     MeasuringTransform,
     SegmentationSource,
-    listed,
+    collate_lists,
     training_transform,
 )
 from gld_zoo.training.engine.task import Terms
@@ -108,7 +108,7 @@ class Segmenter(TransferTask):
             train=KeyedExamples(self.source.train, augmented, recipe.seed),
             train_collate=stack,
             test=KeyedExamples(self.source.test, MeasuringTransform(recipe.image_size), 0),
-            test_collate=listed,
+            test_collate=collate_lists,
         )
         return data, model, nn.Sequential(model)
 

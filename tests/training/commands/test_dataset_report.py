@@ -1,11 +1,11 @@
-"""`train/data.py` shows what a run would read, for people and as JSON, or says why none could."""
+"""`gld-zoo data` shows what a run would read, for people and as JSON, or says why none could."""
 
 import json
 
 import pytest
 from PIL import Image as PILImage
-from test_layouts import THREE, picture, put, tidy
 
+from folders import THREE, picture, put, tidy
 from gld_zoo.cli import main
 from gld_zoo.training.commands.data import cli
 from scenes import (

@@ -13,7 +13,7 @@ from gld_zoo.training.common.errors import ModelError
 from gld_zoo.training.data.batches import measuring_transform
 from gld_zoo.training.data.sources import ImageSource
 from gld_zoo.training.measure.evaluation import evaluate
-from gld_zoo.training.measure.inputs import measuring_batches, prepare, square_size
+from gld_zoo.training.measure.inputs import build_measured, measuring_batches, square_size
 from gld_zoo.training.measure.scores import Scores
 from gld_zoo.training.measure.tables import table, worst_classes
 from helpers import read_lines
@@ -220,7 +220,7 @@ def test_classes_confusion_and_mirror_images_of_a_run(student_run, tiny_dataset,
         assert min(picture.size) > 300
     model = timm.create_model(f"local-dir:{student_run}/last", pretrained=True).eval()
     source = ImageSource(str(tiny_dataset))
-    measured = prepare(str(student_run), torch.device("cpu"))
+    measured = build_measured(str(student_run), torch.device("cpu"))
     ((images, target),) = measuring_batches(source.test, measured, torch.device("cpu"))
     with torch.no_grad():
         guess = (model(images) + model(images.flip(3))).argmax(1)

@@ -12,7 +12,7 @@ from gld_zoo.training.commands.probe import cli
 from gld_zoo.training.common.errors import DataError
 from gld_zoo.training.data.sources import ImageSource
 from gld_zoo.training.measure import probe as linear_probe
-from gld_zoo.training.measure.probe import fit, pooled_features, top1_of
+from gld_zoo.training.measure.probe import fit_classifier, pooled_features, top1_of
 
 
 def problem(seed=0, rows=200, classes=3):
@@ -26,13 +26,13 @@ def problem(seed=0, rows=200, classes=3):
 
 def test_the_fit_is_the_optimum_whatever_the_scale_of_the_features():
     features, target = problem()
-    classifier = fit(features, target, 3, penalty=1e-2)
+    classifier = fit_classifier(features, target, 3, penalty=1e-2)
     rows = classifier.standardize(features[:, 0])
     loss = F.cross_entropy(classifier(rows), target)
     loss = loss + 5e-3 * classifier.weight.square().sum()
     for gradient in torch.autograd.grad(loss, list(classifier.parameters())):
         assert gradient.abs().max() < 1e-5
-    scaled = fit(1000 * features - 3, target, 3, penalty=1e-2)
+    scaled = fit_classifier(1000 * features - 3, target, 3, penalty=1e-2)
     torch.testing.assert_close(scaled.weight, classifier.weight, rtol=0, atol=1e-4)
     assert top1_of(scaled, 1000 * features - 3, target) == top1_of(classifier, features, target)
 
@@ -40,7 +40,7 @@ def test_the_fit_is_the_optimum_whatever_the_scale_of_the_features():
 def test_a_larger_penalty_gives_smaller_weights_and_leaves_the_bias():
     features, target = problem()
     target[target == 2] = 1  # unequal classes
-    small, large = (fit(features, target, 3, penalty=value) for value in (1e-4, 1e4))
+    small, large = (fit_classifier(features, target, 3, penalty=value) for value in (1e-4, 1e4))
     assert large.weight.norm() < 1e-3 < small.weight.norm()
     shares = target.bincount(minlength=3).double() / len(target)
     torch.testing.assert_close(large.bias[:2].softmax(0), shares[:2], rtol=0, atol=1e-3)
@@ -48,9 +48,9 @@ def test_a_larger_penalty_gives_smaller_weights_and_leaves_the_bias():
 
 def test_views_of_an_image_count_as_images_of_its_class():
     features, target = problem()
-    doubled = fit(torch.cat([features, features], dim=1), target, 3, penalty=1e-2)
+    doubled = fit_classifier(torch.cat([features, features], dim=1), target, 3, penalty=1e-2)
     # the same images twice: the same optimum, but for the n - 1 of the standard deviation
-    expected = fit(features, target, 3, penalty=1e-2)
+    expected = fit_classifier(features, target, 3, penalty=1e-2)
     torch.testing.assert_close(doubled.weight, expected.weight, rtol=0, atol=5e-3)
 
 
@@ -74,7 +74,7 @@ def test_a_model_without_weights_is_refused(tiny_dataset):
 def test_the_penalty_is_the_best_on_images_held_out_then_all_are_used(tiny_dataset, monkeypatch):
     fitted, scored = [], []
 
-    def fit(features, target, classes, penalty):
+    def fit_classifier(features, target, classes, penalty):
         fitted.append((*features.shape[:2], penalty))
         return penalty
 
@@ -82,7 +82,7 @@ def test_the_penalty_is_the_best_on_images_held_out_then_all_are_used(tiny_datas
         scored.append(tuple(features.shape[:2]))
         return -abs(penalty - 1e-3)
 
-    monkeypatch.setattr(linear_probe, "fit", fit)
+    monkeypatch.setattr(linear_probe, "fit_classifier", fit_classifier)
     monkeypatch.setattr(linear_probe, "top1_of", top1_of)
     source = ImageSource(str(tiny_dataset))
     linear_probe.linear_probe("gld_wrn16_1", source, device=torch.device("cpu"))

@@ -4,6 +4,7 @@ import io
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -110,9 +111,9 @@ def test_measured_images_are_those_of_the_tensor_path(source):
 
 def test_workers_end_with_their_process_though_its_loader_lives(tiny_dataset):
     """They ignore the signal by which multiprocessing ends them at exit, and waits for them."""
-    lines = ["import sys", "from test_keyed_loader import *", "source = ImageSource(sys.argv[1])"]
+    lines = ["import sys", "from test_keyed import *", "source = ImageSource(sys.argv[1])"]
     lines += ["batches = batches_of(source, workers=1)", "next(batches.epoch(0))"]
-    paths = [str(CHECKOUT / name) for name in ("", "tests")]
+    paths = [str(CHECKOUT), str(CHECKOUT / "tests"), str(Path(__file__).parent)]
     result = subprocess.run(
         [sys.executable, "-c", "\n".join(lines), str(tiny_dataset)],
         check=True,

@@ -11,37 +11,13 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, load_dataset
 from PIL import Image as PILImage
 
+from folders import COLORS, THREE, picture, put, tidy
 from gld_zoo.training.common.errors import DataError
 from gld_zoo.training.data.batches import Transforms
 from gld_zoo.training.data.image_folder import image_extensions, sort_names
 from gld_zoo.training.data.memory import decode
 from gld_zoo.training.data.sources import ImageSource, facts
 from gld_zoo.training.tasks.distiller import check_classes
-
-COLORS = dict(ant=(250, 0, 0), bee=(0, 250, 0), cat=(0, 0, 250), dog=(250, 250, 0))
-COLORS |= dict(bus=(0, 250, 250), car=(250, 0, 250), train=(120, 60, 200), test=(30, 120, 60))
-THREE = ("ant", "bee", "cat")
-
-
-def picture(name, number=0):
-    """Return an image of a class's colour; numbers differ in their first pixel."""
-    pixels = np.full((8, 8, 3), COLORS[name], np.uint8)
-    pixels[0, 0] = number % 256
-    return PILImage.fromarray(pixels)
-
-
-def put(folder, name, count=2, ending=".png", first=0):
-    """Write images of a class into a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for number in range(first, first + count):
-        picture(name, number).save(folder / f"{number}{ending}")
-
-
-def tidy(folder, names=THREE, train=4, test=2):
-    for name in names:
-        put(folder / "train" / name, name, train)
-        put(folder / "test" / name, name, test, first=100)
-    return folder
 
 
 def assert_read(source, counts, train=True):

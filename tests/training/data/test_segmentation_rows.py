@@ -20,7 +20,7 @@ from gld_zoo.training.data.segmentation_rows import (
     MeasuringTransform,
     SegmentationRows,
     SegmentationSource,
-    listed,
+    collate_lists,
     training_transform,
 )
 from scenes import COLORS, encode, scene, segmentation_rows, write_segmentation
@@ -132,7 +132,7 @@ def test_batches_are_normalised(tmp_path):
     expected = (torch.from_numpy(rows[0][0]).permute(2, 0, 1) / 255 - 0.5) / 0.25
     torch.testing.assert_close(images[0], expected, atol=1e-5, rtol=0)
     assert type(masks) is torch.Tensor
-    several, alone = to_device(listed(examples))
+    several, alone = to_device(collate_lists(examples))
     torch.testing.assert_close(several[1], images[1:])
     assert torch.equal(alone[1], masks[1])
 

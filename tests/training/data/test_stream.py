@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from datasets import Dataset
-from test_keyed_loader import NORMALIZE, collect
+from test_keyed import NORMALIZE, collect
 
 from gld_zoo.training.common.errors import DataError
 from gld_zoo.training.data.batches import Share, Transforms
