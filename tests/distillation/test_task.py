@@ -118,8 +118,11 @@ def test_data_parallelism_wraps_the_training_forward(task, tmp_path):
 def test_a_compiled_task_gives_the_same(task):
     images, target = example()
     expected = task.eval()(images, target)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     model = task.compile(backend="eager")
     result = task(images, target)
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 0
     for name, term in expected.items():
         torch.testing.assert_close(result[name], term)
     torch.testing.assert_close(model(images), expected["output"])

@@ -266,9 +266,12 @@ def test_a_run_does_not_go_on_with_other_images_or_another_teacher(
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 def test_compiled_run_trains(tiny_dataset, tmp_path, distill):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     distill(*SMALL_RUN, "--dataset", tiny_dataset, "--run", tmp_path / "run", "--compile", "true")
     tensors = load_file(tmp_path / "run" / "last" / "model.safetensors")
     assert not [name for name in tensors if "_orig_mod" in name]
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 0
 
 
 @pytest.mark.parametrize(
