@@ -73,13 +73,24 @@ def run_command(kind: type[Task], command: Command[Any]) -> None:
     except DiskError as error:
         sys.exit(f"error: {error}; mend the disk and go on with --resume, or name another --run")
     except torch.OutOfMemoryError as error:
-        sys.exit(
-            f"error: the GPU's memory is full ({str(error).splitlines()[0]}); use a smaller "
-            "batch_size or eval_batch_size, grad_checkpointing: true, --mixed_precision bf16, or "
-            "in_memory: false, and go on with --resume where the recipe is the same"
-        )
+        sys.exit(f"error: {full_gpu(error, command.recipe)}")
     except (DataError, ModelError, NonFiniteLossError, RunError) as error:
         sys.exit(f"error: {error}")
+
+
+def full_gpu(error: torch.OutOfMemoryError, recipe: Options) -> str:
+    """Return what to tell of a GPU whose memory is full, with the ways out that a recipe has."""
+    ways = ["a smaller batch_size or eval_batch_size", "--mixed_precision bf16"]
+    known = {field.name for field in recipe.fields()}
+    ways += [
+        f"{name}: {value}"
+        for name, value in (("grad_checkpointing", "true"), ("in_memory", "false"))
+        if name in known
+    ]
+    return (
+        f"the GPU's memory is full ({str(error).splitlines()[0]}); use {', '.join(ways[:-1])} or "
+        f"{ways[-1]}, and go on with --resume where the recipe is the same"
+    )
 
 
 def run(kind: type[Task], recipe: Options, folder: Path, *, resume: bool = False) -> None:
