@@ -7,6 +7,7 @@ os.environ["ACCELERATE_USE_CPU"] = "true"
 os.environ["OMP_NUM_THREADS"] = "1"  # `pytest -n` runs tests side by side
 
 import contextlib
+import io
 import multiprocessing
 import signal
 
@@ -16,7 +17,7 @@ import torch
 from datasets import Image, load_dataset
 
 from gld_zoo.training.commands.distill import cli
-from helpers import BUNDLED, SMALL_RUN, launch, write_dataset
+from helpers import BUNDLED, SMALL_RUN, write_dataset
 
 datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.2  # after each stream; 5 s by default
 
@@ -68,16 +69,32 @@ def tiny_dataset(tmp_path_factory, rows):
     )
 
 
+@contextlib.contextmanager
+def one_thread():
+    """Compute as the runs in processes of their own do, for the same bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def train(*options):
+    """Run `gld-zoo distill` in this process, which saves the imports; return what it printed."""
+    printed = io.StringIO()
+    with one_thread(), contextlib.redirect_stdout(printed):
+        cli([str(option) for option in options])
+    return printed.getvalue()
+
+
 @pytest.fixture
 def distill(capsys):
-    """Run `gld-zoo distill` in this process, which saves the imports; returns what it printed."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in the runs of their own, for the same bits
+    """Run `gld-zoo distill` in this process; returns what it printed, an error included."""
 
     def run(*options, fails=False):
         capsys.readouterr()
         message = ""
-        with pytest.raises(SystemExit) if fails else contextlib.nullcontext() as stop:
+        expected = pytest.raises(SystemExit) if fails else contextlib.nullcontext()
+        with one_thread(), expected as stop:
             cli([str(option) for option in options])
         if fails:
             message = str(stop.value.code)
@@ -85,15 +102,14 @@ def distill(capsys):
         printed = capsys.readouterr()
         return message + printed.out + printed.err
 
-    yield run
-    torch.set_num_threads(threads)
+    return run
 
 
 @pytest.fixture(scope="session")
 def teacher_run(tmp_path_factory, tiny_dataset):
     """A finished run without a teacher, which the others distil from."""
     folder = tmp_path_factory.mktemp("runs") / "teacher"
-    launch(*SMALL_RUN, "--dataset", tiny_dataset, "--run", folder)
+    train(*SMALL_RUN, "--dataset", tiny_dataset, "--run", folder)
     return folder
 
 
@@ -102,6 +118,6 @@ def student_run(tmp_path_factory, tiny_dataset, teacher_run):
     """A finished run that distils from `teacher_run`."""
     folder = tmp_path_factory.mktemp("runs") / "student"
     teacher = f"local-dir:{teacher_run}/last"
-    output = launch(*SMALL_RUN, "--teacher", teacher, "--dataset", tiny_dataset, "--run", folder)
+    output = train(*SMALL_RUN, "--teacher", teacher, "--dataset", tiny_dataset, "--run", folder)
     (folder / "printed.txt").write_text(output)
     return folder

@@ -223,6 +223,7 @@ def test_the_map_is_hot_where_the_activation_is():
     assert cold[2] > hot[2] + 20
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="pipes that end early are a matter of shells")
 def test_a_reader_that_has_had_enough_is_no_error():
     command = [sys.executable, "-c", "from gld_zoo.cli import main; main(['list'])"]
@@ -375,6 +376,7 @@ def test_output_that_is_not_taken_is_one_line(pictures, printed_to, arguments, c
     assert capsys.readouterr() == ("", "")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
 def test_a_full_disk_is_one_line_at_the_programs_end_too():
     """What the interpreter still holds is written at its end, where it says so at length."""

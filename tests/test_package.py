@@ -44,6 +44,7 @@ def test_rooms_import_only_those_below_them():
     assert lint_imports(config_filename=config, cache_dir=None, no_logo=True) == 0
 
 
+@pytest.mark.slow
 def test_documented_modules_are_there_after_the_import():
     run(
         "import gld_zoo; gld_zoo.hub.save_pretrained, gld_zoo.downstream.load_downstream\n"
@@ -51,6 +52,7 @@ def test_documented_modules_are_there_after_the_import():
     )
 
 
+@pytest.mark.slow
 def test_nothing_is_registered_by_importing_the_trainer():
     """Neither handlers of signals, nor what runs at exit beside the libraries' own."""
     run(

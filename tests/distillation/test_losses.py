@@ -208,6 +208,7 @@ def test_autocast_does_not_move_the_loss(use_form, linear):
         assert cast[name].dtype == torch.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", ["cuda.matmul.fp32_precision", "legacy"])
 def test_plain_form_multiplies_in_float32_whatever_the_user_set(setting):
     code = (

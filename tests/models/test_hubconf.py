@@ -20,6 +20,7 @@ def test_hub_lists_exactly_the_architectures():
     assert entries == set(timm.list_models("gld_*"))
 
 
+@pytest.mark.slow
 def test_hub_loads_from_another_folder(tmp_path):
     code = (
         "import torch\n"

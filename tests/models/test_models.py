@@ -17,6 +17,7 @@ import gld_zoo
 
 MODELS = timm.list_models("gld_*")
 SMALL = [name for name in MODELS if name not in ("gld_resnet18", "gld_resnet34")]
+DEEP = ("gld_resnet44", "gld_resnet56", "gld_resnet110")
 every_model = pytest.mark.parametrize("name", MODELS)
 
 PARAMETERS = dict(
@@ -206,7 +207,14 @@ def test_impossible_architectures_are_named(name, options):
         timm.create_model(name, **options)
 
 
-@every_model
+@pytest.mark.parametrize(
+    "name",
+    [
+        # whose many layers are those of the smaller ones
+        pytest.param(name, marks=[pytest.mark.slow] if name in DEEP else [])
+        for name in timm.list_models("gld_*")
+    ],
+)
 @torch.no_grad()
 def test_scripts_compiles_and_exports(name):
     torch._dynamo.reset()  # or eleven models of the same code exceed its limit of recompilations

@@ -43,11 +43,6 @@ def test_code_blocks_run(block):
     exec(block, {})
 
 
-def test_ci_runs_the_test_command_of_the_readme():
-    commands = re.findall(r"```bash\n(.*?)\n```", (CHECKOUT / "README.md").read_text(), re.DOTALL)
-    assert commands[1] in (CHECKOUT / ".ci" / "run").read_text().splitlines()
-
-
 def test_links_lead_somewhere():
     others = [CHECKOUT / name / "README.md" for name in ("figures", "benchmarks")]
     for path in [*DOCUMENTS, *others]:

@@ -145,12 +145,35 @@ def test_logged_scores_are_those_of_the_saved_weights(student_run, tiny_dataset)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("door", [["-m", "gld_zoo.training.distill"], ["train/distill.py"]])
+def test_accelerates_launcher_runs_the_same_program(student_run, tmp_path, door):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", *door]
+    command += ["--config", student_run / "recipe.yaml", "--run", tmp_path / "run"]
+    subprocess.run(
+        list(map(str, command)),
+        check=True,
+        cwd=CHECKOUT,
+        env=dict(os.environ, PYTHONPATH=str(CHECKOUT)),
+        capture_output=True,
+    )
+    files = [folder / "last" / "model.safetensors" for folder in (tmp_path / "run", student_run)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("distilled", [False, True])
-def test_scores_are_float32_under_bf16_training(teacher_run, tiny_dataset, tmp_path, distilled):
+def test_scores_are_float32_under_bf16_training(
+    teacher_run, tiny_dataset, tmp_path, distilled, distill, monkeypatch
+):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     teacher = ["--teacher", f"local-dir:{teacher_run}/last"] if distilled else []
     run = tmp_path / "run"
     options = [*SMALL_RUN, *teacher, "--dataset", tiny_dataset, "--run", run]
-    output = launch(*options, precision="bf16")
+    try:
+        output = distill(*options)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
     slow = torch.backends.cpu.get_cpu_capability() == "AVX2"  # which has none of its instructions
     assert not slow or "no instructions for bf16" in output
     assert json.loads((run / "env.json").read_text())["mixed_precision"] == "bf16"
@@ -169,26 +192,24 @@ def test_two_processes_share_the_run_of_one(student_run, tiny_dataset, tmp_path)
 
 
 @pytest.mark.slow
-def test_two_processes_train_the_weights_of_one(teacher_run, tiny_dataset, tmp_path):
+def test_two_processes_train_the_weights_of_one(teacher_run, tiny_dataset, tmp_path, distill):
     """Without batch norm nothing is a process's own: same gradients, relation included."""
     options = ["--student", "convnext_atto", "--teacher", f"local-dir:{teacher_run}/last"]
     options += ["--grid", 1, "--epochs", 1, "--batch_size", 16, "--lr", 0.01, "--beta", 5]
-    options += ["--dataset", tiny_dataset]
-    options += ["--image_size", 32]
-    weights = []
-    for processes in (1, 2):
-        launch(*options, "--run", tmp_path / str(processes), processes=processes)
-        weights.append(load_file(tmp_path / str(processes) / "last" / "model.safetensors"))
+    options += ["--dataset", tiny_dataset, "--image_size", 32, "--threads", 1]
+    distill(*options, "--run", tmp_path / "1")
+    launch(*options, "--run", tmp_path / "2", processes=2)
+    weights = [load_file(tmp_path / name / "last" / "model.safetensors") for name in "12"]
     for name, value in weights[0].items():
         # float32 sums in another order, four steps: 1e-6 of a weight's size
         torch.testing.assert_close(weights[1][name], value, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.slow
-def test_killed_run_resumes_to_the_same_bits(student_run, teacher_run, tmp_path):
+def test_killed_run_resumes_to_the_same_bits(student_run, teacher_run, tmp_path, distill):
     """SIGKILL after a checkpoint within an epoch, wherever the process then is."""
     options = ["--config", student_run / "recipe.yaml", "--epochs", 4]
-    launch(*options, "--run", tmp_path / "unbroken")
+    distill(*options, "--run", tmp_path / "unbroken")
     run = tmp_path / "killed"
     often = ["--checkpoint_minutes", 0]
     command = [sys.executable, CHECKOUT / "train" / "distill.py", *options, *often, "--run", run]
@@ -202,7 +223,7 @@ def test_killed_run_resumes_to_the_same_bits(student_run, teacher_run, tmp_path)
     process.kill()
     assert process.wait() == -9
     assert not (run / "summary.json").exists()
-    launch(*options, "--run", run, "--resume")
+    distill(*options, "--run", run, "--resume")
     weights = [folder / "last" / "model.safetensors" for folder in (run, tmp_path / "unbroken")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
 

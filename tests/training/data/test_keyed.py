@@ -109,6 +109,7 @@ def test_measured_images_are_those_of_the_tensor_path(source):
                 assert torch.equal(labels, targets)
 
 
+@pytest.mark.slow
 def test_workers_end_with_their_process_though_its_loader_lives(tiny_dataset):
     """They ignore the signal by which multiprocessing ends them at exit, and waits for them."""
     lines = ["import sys", "from test_keyed import *", "source = ImageSource(sys.argv[1])"]

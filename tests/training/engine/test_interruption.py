@@ -67,7 +67,8 @@ BUDGETS = dict(
 def test_whatever_is_trained_with_goes_on_to_the_same_bits_from_any_step(
     student_run, tmp_path, distill, options
 ):
-    options = ["--config", student_run / "recipe.yaml", *options]
+    # two steps an epoch: the first, in mid-epoch, and the last, before the epoch is measured
+    options = ["--config", student_run / "recipe.yaml", "--batch_size", 32, *options]
     distill(*options, "--run", tmp_path / "whole")
     run, resume = tmp_path / "run", []
     for _ in range(30):
@@ -108,6 +109,7 @@ def test_a_signal_writes_a_checkpoint_and_ends_the_run_in_peace(
     assert_same_result(run, student_run)
 
 
+@pytest.mark.slow
 def test_a_signal_to_all_processes_spares_the_workers_that_read(
     student_run, tiny_dataset, tmp_path
 ):
@@ -238,6 +240,7 @@ def test_a_batch_systems_signal_to_launcher_and_processes_writes_a_checkpoint(
     assert "go on with --resume" in output
 
 
+@pytest.mark.slow
 def test_a_folder_in_use_is_refused_with_its_holder(student_run, tmp_path, distill):
     run = tmp_path / "run"
     run.mkdir()
@@ -384,6 +387,7 @@ def test_trackers_are_named_and_must_be_installed(tiny_dataset, tmp_path, distil
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streams", ["stdout", "both"])
 def test_a_reader_that_has_had_enough_does_not_end_the_run(student_run, tmp_path, streams):
     """As `| head -1` and `2>&1 | head -1` read."""

@@ -107,7 +107,13 @@ def test_layers_further_from_the_classifier_learn_more_slowly():
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in list_optimizers() if not name.startswith(ELSEWHERE)]
+    "name",
+    [
+        # the first of this kind has torch compile parts of it
+        pytest.param(name, marks=[pytest.mark.slow] if name.startswith("kron") else [])
+        for name in list_optimizers()
+        if not name.startswith(ELSEWHERE)
+    ],
 )
 def test_every_optimiser_comes_back_to_the_same_bits_or_is_refused(name):
     options = recipe(opt=name, lr=0.01, decay_norm=False)
