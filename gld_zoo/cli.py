@@ -24,22 +24,22 @@ MODEL = "gld_wrn16_1"
 BATCH = 32  # images a forward pass
 
 
-class Training(NamedTuple):
+class TrainingCommand(NamedTuple):
     """A command of the trainer, a module of `gld_zoo.training.commands` that reads its options."""
 
     help: str
     extra: str
 
 
-TRAINING = dict(
-    distill=Training("train a student by a teacher, or on labels alone", "train"),
-    detect=Training("train SSD300 on a backbone", "detection"),
-    segment=Training("train DeepLabV3+ on a backbone", "segmentation"),
-    evaluate=Training("measure a model on a dataset", "train"),
-    probe=Training("measure a linear classifier on a model's features", "train"),
-    draw=Training("draw what a detector or a segmenter finds in images", "train"),
-    export=Training("make a folder for the hub of a finished run, and push it", "train"),
-    data=Training("what a run would read of a dataset", "train"),
+TRAINING_COMMANDS = dict(
+    distill=TrainingCommand("train a student by a teacher, or on labels alone", "train"),
+    detect=TrainingCommand("train SSD300 on a backbone", "detection"),
+    segment=TrainingCommand("train DeepLabV3+ on a backbone", "segmentation"),
+    evaluate=TrainingCommand("measure a model on a dataset", "train"),
+    probe=TrainingCommand("measure a linear classifier on a model's features", "train"),
+    draw=TrainingCommand("draw what a detector or a segmenter finds in images", "train"),
+    export=TrainingCommand("make a folder for the hub of a finished run, and push it", "train"),
+    data=TrainingCommand("what a run would read of a dataset", "train"),
 )
 
 
@@ -133,8 +133,8 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--model", **model)
     command.add_argument("--grid", type=_positive, default=2, help="cells along each side")
     command.set_defaults(run=explain_image)
-    for name, training in TRAINING.items():  # whose modules read their options
-        commands.add_parser(name, help=training.help, add_help=False)
+    for name, command_ in TRAINING_COMMANDS.items():  # whose modules read their options
+        commands.add_parser(name, help=command_.help, add_help=False)
     return parser
 
 
@@ -144,7 +144,7 @@ def start(name: str, arguments: Sequence[str] | None = None) -> None:
     Where what it needs is not installed, that ends the program with one line that names it.
 
     Args:
-        name: One of `TRAINING`.
+        name: One of `TRAINING_COMMANDS`.
         arguments: None takes the program's own.
     """
     try:
@@ -154,7 +154,7 @@ def start(name: str, arguments: Sequence[str] | None = None) -> None:
             raise
         sys.exit(
             f"error: gld-zoo {name} needs {error.name}, which comes with an extra: "
-            f'pip install "gld-zoo[{TRAINING[name].extra}]"'
+            f'pip install "gld-zoo[{TRAINING_COMMANDS[name].extra}]"'
         )
     module.cli(sys.argv[1:] if arguments is None else list(arguments), prog=f"gld-zoo {name}")
 
@@ -168,7 +168,7 @@ def _positive(text: str) -> int:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command; exit with 1 if an image was skipped or what was asked cannot be done."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments and arguments[0] in TRAINING:
+    if arguments and arguments[0] in TRAINING_COMMANDS:
         start(arguments[0], arguments[1:])
         return
     with printing(failed=end):

@@ -96,6 +96,7 @@ def results(request, both_forms):
     return sorted(chosen, key=lambda result: result[0])
 
 
+@pytest.mark.slow
 def test_relation_and_its_gradient_are_those_of_one_process(results):
     student, teacher, target = example()
     student.requires_grad_()
@@ -115,6 +116,7 @@ def test_relation_and_its_gradient_are_those_of_one_process(results):
         assert mean == pytest.approx(term.item(), rel=1e-12), name
 
 
+@pytest.mark.slow
 def test_relation_per_process_would_be_another_number(results):
     student, teacher, _ = example()
     whole = 500 * relation(student.flatten(0, 1), teacher.flatten(0, 1)).item()
@@ -123,11 +125,13 @@ def test_relation_per_process_would_be_another_number(results):
         assert alone > 1.5 * whole  # without gradients the relation is the local batch's
 
 
+@pytest.mark.slow
 def test_unequal_row_counts_are_refused(results):
     for *_, refusal, _ in results:
         assert "processes hold from 9 to 10 rows" in refusal
 
 
+@pytest.mark.slow
 def test_synchronised_batch_norm_is_that_of_all_images(results):
     expected = [torch.tensor(value) for value in normalised()]
     for rank, *_, found in results:

@@ -19,7 +19,7 @@ from jsonargparse import ArgumentParser
 
 from gld_zoo.output import end, printing
 from gld_zoo.training.common.disk import replacing, write_text
-from gld_zoo.training.common.errors import DataError, DiskError
+from gld_zoo.training.common.errors import TrainingError
 from gld_zoo.training.config.dataset_options import add_source_options
 from gld_zoo.training.data.columns import listed
 from gld_zoo.training.measure.contact_sheet import draw_sheet
@@ -58,7 +58,7 @@ def cli(arguments: list[str], prog: str | None = None) -> None:
             with replacing(options.picture) as temporary:
                 names = found["classes"] if found["kind"] == "classes" else []
                 draw_sheet(rows["train"], names, f"{found['dataset']}, train", temporary)
-    except (DataError, DiskError) as error:
+    except TrainingError as error:
         sys.exit(f"error: {error}")
 
 

@@ -24,7 +24,7 @@ from gld_zoo.downstream.saving import load_downstream
 from gld_zoo.images import find_images, read_images
 from gld_zoo.output import end, printing
 from gld_zoo.training.common.disk import writing
-from gld_zoo.training.common.errors import DiskError
+from gld_zoo.training.common.errors import TrainingError
 from gld_zoo.training.measure.drawing import draw_boxes, draw_mask
 
 
@@ -54,7 +54,7 @@ def cli(arguments: list[str], prog: str | None = None) -> None:
         try:
             for line in draw(options, failed):
                 print(line)
-        except (DiskError, ValueError) as error:
+        except (TrainingError, ValueError) as error:
             sys.exit(f"error: {error}")
     sys.exit(int(bool(failed)))
 

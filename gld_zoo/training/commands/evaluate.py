@@ -18,7 +18,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from gld_zoo.output import end, printing
 from gld_zoo.training.common.devices import measuring_device
 from gld_zoo.training.common.disk import write_text
-from gld_zoo.training.common.errors import DataError, DiskError, ModelError
+from gld_zoo.training.common.errors import TrainingError
 from gld_zoo.training.config.dataset_options import add_source_options
 from gld_zoo.training.data.sources import open_source
 from gld_zoo.training.measure.evaluation import evaluate
@@ -68,5 +68,5 @@ def cli(arguments: list[str], prog: str | None = None) -> None:
         print(table(result))
         if options.json:
             write_text(Path(options.json), json.dumps(result, indent=2) + "\n")
-    except (DataError, DiskError, ModelError, ValueError) as error:
+    except (TrainingError, ValueError) as error:
         sys.exit(f"error: {error}")

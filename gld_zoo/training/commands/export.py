@@ -18,7 +18,7 @@ from huggingface_hub.utils import validate_repo_id
 from jsonargparse import ArgumentParser
 
 from gld_zoo.output import end, printing
-from gld_zoo.training.common.errors import DataError, DiskError, ModelError, RunError
+from gld_zoo.training.common.errors import TrainingError
 from gld_zoo.training.publish.hub_folder import Contents, push, write_hub_folder
 
 
@@ -60,5 +60,5 @@ def cli(arguments: list[str], prog: str | None = None) -> None:
         print(f"{options.folder}: top-1 {scores}")
         if options.push:
             print(push(options.folder, options.push, private=options.private))
-    except (DataError, DiskError, HFValidationError, ModelError, RunError) as error:
+    except (HFValidationError, TrainingError) as error:
         sys.exit(f"error: {error}")

@@ -22,7 +22,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from gld_zoo.output import end, printing
 from gld_zoo.training.common.devices import measuring_device
 from gld_zoo.training.common.disk import write_text
-from gld_zoo.training.common.errors import DataError, DiskError, ModelError
+from gld_zoo.training.common.errors import TrainingError
 from gld_zoo.training.config.command_line import add_config, configs_first
 from gld_zoo.training.config.dataset_options import add_source_options
 from gld_zoo.training.config.recipe_files import MODE
@@ -69,5 +69,5 @@ def cli(arguments: list[str], prog: str | None = None) -> None:
         print(table(result))
         if options.json:
             write_text(Path(options.json), json.dumps(result, indent=2) + "\n")
-    except (DataError, DiskError, ModelError) as error:
+    except TrainingError as error:
         sys.exit(f"error: {error}")

@@ -1,1 +1,1 @@
-"""What every room may use: errors, the disk, devices and signals."""
+"""What the rooms above share: errors, the disk, devices and signals."""

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 
-class DataError(ValueError):
+class TrainingError(Exception):
+    """What was asked of the trainer cannot be done: commands end with its one line."""
+
+
+class DataError(TrainingError, ValueError):
     """The dataset is not what the recipe says; the message names the place and the remedy."""
 
 
-class ModelError(ValueError):
+class ModelError(TrainingError, ValueError):
     """A model does not fit the recipe; the message names it and the remedy."""
 
 
-class RunError(RuntimeError):
+class RunError(TrainingError, RuntimeError):
     """The run folder does not allow what was asked; the message names it and the remedy."""
 
 
-class NonFiniteLossError(RuntimeError):
+class NonFiniteLossError(TrainingError, RuntimeError):
     """The loss is infinite or not a number; the message gives its terms and the step."""
 
 
-class DiskError(RuntimeError):
+class DiskError(TrainingError, RuntimeError):
     """Something could not be written or read; the message names it and the reason."""
 
 
@@ -28,4 +32,4 @@ class HeldError(RuntimeError):
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be used; the message says why."""
+    """A checkpoint cannot be used, and the one before it is tried; the message says why."""

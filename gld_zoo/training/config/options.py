@@ -1,4 +1,4 @@
-"""The options of any run: declared once, read from YAML and the command line, written back."""
+"""The options of any run, its schedule among them: declared once, read, and written back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The recipe of a student, a teacher or a baseline."""
+"""The recipe of a classifier: a student, a teacher or a baseline."""
 
 from __future__ import annotations
 
@@ -23,6 +23,12 @@ class Recipe(Options):
         in_memory="reading",
         grid="loss",
         **Options.GROUPS,
+    )
+
+    # what decides nothing without a teacher
+    OF_A_TEACHER: ClassVar[frozenset[str]] = frozenset(
+        ("teacher", "grid", "alpha", "beta", "local_weight", "ce_weight", "global_weight")
+        + ("temperature", "standardise", "disagreement")
     )
 
     student: str = option(

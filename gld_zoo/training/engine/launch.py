@@ -18,13 +18,7 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from gld_zoo.output import end, printing
 from gld_zoo.training.common.devices import check_accelerator, set_up_device
-from gld_zoo.training.common.errors import (
-    DataError,
-    DiskError,
-    ModelError,
-    NonFiniteLossError,
-    RunError,
-)
+from gld_zoo.training.common.errors import DiskError, RunError, TrainingError
 from gld_zoo.training.config.command_line import Command, parse_command
 from gld_zoo.training.config.options import Options
 from gld_zoo.training.engine import telling
@@ -74,7 +68,7 @@ def run_command(kind: type[Task], command: Command[Any]) -> None:
         sys.exit(f"error: {error}; mend the disk and go on with --resume, or name another --run")
     except torch.OutOfMemoryError as error:
         sys.exit(f"error: {full_gpu(error, command.recipe)}")
-    except (DataError, ModelError, NonFiniteLossError, RunError) as error:
+    except TrainingError as error:
         sys.exit(f"error: {error}")
 
 

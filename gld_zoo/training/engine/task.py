@@ -30,7 +30,7 @@ class Task(ABC):
 
     metric: ClassVar[str]  # of what `measure` returns, the one to show and to select by
     metric_title: ClassVar[str]
-    source: Any  # the dataset, which `build` finds; has a `name`
+    source: Any  # the dataset, which `build` finds: has a `name` and `train`, its `ImageRows`
 
     def __init__(self, recipe: Options, accelerator: Accelerator) -> None:
         self.recipe = recipe

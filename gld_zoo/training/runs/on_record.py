@@ -8,9 +8,6 @@ from gld_zoo import recipes
 from gld_zoo.results import PATH, Results, Row
 from gld_zoo.training.config.recipe import Recipe
 
-OF_A_TEACHER = {"teacher", "grid", "alpha", "beta", "local_weight", "ce_weight", "global_weight"}
-OF_A_TEACHER |= {"temperature", "standardise", "disagreement"}
-
 
 def labels_alone(recipe: Recipe) -> float | None:
     """Return the top-1, in %, of a recipe without its teacher, if a row of that is on record.
@@ -21,7 +18,7 @@ def labels_alone(recipe: Recipe) -> float | None:
     if not PATH.is_file():
         return None
     for row in Results.load().rows.values():
-        if row.teacher is None and _follows(row, recipe):
+        if row.teacher is None and row.epochs == recipe.epochs and _follows(row, recipe):
             return row.runs[0].top1
     return None
 
@@ -29,6 +26,6 @@ def labels_alone(recipe: Recipe) -> float | None:
 def _follows(row: Row, recipe: Recipe) -> bool:
     """Tell whether a row was trained by a recipe, its teacher and its seed aside."""
     used = replace(Recipe.load(recipes.path_of(row.recipe)), **row.changes)
-    names = set(recipe.deciding()) - OF_A_TEACHER - {"seed", "dataset", "compile"}
+    names = set(recipe.deciding()) - Recipe.OF_A_TEACHER - {"seed", "dataset", "compile"}
     same = all(getattr(used, name) == getattr(recipe, name) for name in names)
     return same and recipe.dataset.rpartition("/")[2] == used.dataset.rpartition("/")[2]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import os
 import shutil
 import time
@@ -47,7 +46,7 @@ class RunFolder:
         self.resume = resume
         self.history: list[dict[str, Any]] = []
         self._lock: Any = None
-        self._drawn = -math.inf
+        self._drawn = time.monotonic()
         self._check_name()
         self._check()
 
@@ -151,7 +150,7 @@ class RunFolder:
                     path.rename(aside)
 
     def write_metrics(self, score: str, title: str, *, last: bool = False) -> None:
-        """Write the history's lines; draw the curves if they are a minute old, or if it is all."""
+        """Write the history's lines; draw the curves if a minute has passed, or if it is all."""
         lines = "".join(json.dumps(line) + "\n" for line in self.history)
         write_text(self.path / "metrics.jsonl", lines)
         now = time.monotonic()

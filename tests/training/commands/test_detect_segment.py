@@ -1,4 +1,4 @@
-"""train/detect.py, train/segment.py and train/predict.py: they learn, resume, and agree."""
+"""`gld-zoo detect`, `segment` and `draw`: they learn, resume, and agree."""
 
 import json
 import multiprocessing
@@ -97,7 +97,10 @@ def test_a_segmentation_run_learns(runs):
     assert summary["miou"] == pytest.approx(100 * expected, abs=0.2)
 
 
-@pytest.mark.parametrize(("module", "options"), [(detect, DETECT), (segment, SEGMENT)])
+@pytest.mark.parametrize(
+    ("module", "options"),
+    [(detect, DETECT), pytest.param(segment, SEGMENT, marks=pytest.mark.slow)],
+)
 def test_a_run_that_was_stopped_ends_in_the_same_bits(
     runs, boxes, masks, tmp_path, module, options, capsys
 ):

@@ -1,4 +1,4 @@
-"""What only a GPU can show: `pytest -m gpu tests/test_gpu.py`; and what is told of a full one.
+"""What only a GPU can show: `pytest -m gpu`; and what is told of a full one.
 
 The other tests hold Accelerate to the CPU (`conftest`); those marked here let go of that.
 """

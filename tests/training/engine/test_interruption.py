@@ -63,7 +63,13 @@ BUDGETS = dict(
 )
 
 
-@pytest.mark.parametrize("options", BUDGETS.values(), ids=list(BUDGETS))
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(options, id=name, marks=[] if name == "mixed" else [pytest.mark.slow])
+        for name, options in BUDGETS.items()
+    ],
+)
 def test_whatever_is_trained_with_goes_on_to_the_same_bits_from_any_step(
     student_run, tmp_path, distill, options
 ):

@@ -347,7 +347,10 @@ def test_curves_are_drawn_at_most_once_a_minute_and_at_the_end(tiny_dataset, tmp
     options = ["--student", "gld_wrn16_1", "--dataset", tiny_dataset, "--batch_size", 16]
     options += ["--epochs", 4, "--threads", 1, "--run", tmp_path / "run"]
     cli([str(option) for option in options])
-    assert drawn == [1, 4]
+    assert drawn == [4]
+    monkeypatch.setattr("gld_zoo.training.runs.run_folder.REDRAW_SECONDS", 0.0)
+    cli([str(option) for option in [*options[:-1], tmp_path / "often"]])
+    assert drawn == [4, 1, 2, 3, 4]
 
 
 def test_smoothed_labels_are_those_of_torch(tiny_dataset, teacher_run, tmp_path):
@@ -438,6 +441,7 @@ def test_the_relations_weight_follows_the_batch_unless_it_is_stated(
         Recipe(student="x", beta=-1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 def test_compiled_steps_are_compiled_whole_the_loss_too(tiny_dataset, teacher_run, tmp_path):
     images, target = torch.randn(16, 3, 32, 32), torch.randint(4, (16,))

@@ -32,3 +32,10 @@ def test_a_run_tells_what_distillation_brought(student_run, distill, monkeypatch
     top1 = float(printed.rpartition("student ")[0].rpartition("brought ")[2].split(" points")[0])
     assert "on the labels alone the same recipe gave 12.50 % (on record; --teacher null" in printed
     assert f"{12.5 + top1:.2f} % after" in printed
+
+
+def test_every_option_of_the_loss_is_known_to_need_a_teacher_or_not():
+    """One that is forgotten would leave runs without the row on labels alone."""
+    names = [field.name for field in Recipe.fields()]
+    of_the_loss = set(names[names.index("grid") : names.index("epochs")])
+    assert of_the_loss - Recipe.OF_A_TEACHER == {"label_smoothing"}

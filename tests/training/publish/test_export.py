@@ -23,7 +23,7 @@ from helpers import FEATURES, SMALL_RUN, read_lines, write_dataset
 
 @pytest.fixture
 def export(capsys):
-    """Run `train/export.py`; return what it printed, or the error it ended with."""
+    """Run `gld-zoo export`; return what it printed, or the error it ended with."""
 
     def run(*options, fails=False):
         capsys.readouterr()
