@@ -26,9 +26,17 @@ class Recipe(Options):
     )
 
     # what decides nothing without a teacher
-    OF_A_TEACHER: ClassVar[frozenset[str]] = frozenset(
-        ("teacher", "grid", "alpha", "beta", "local_weight", "ce_weight", "global_weight")
-        + ("temperature", "standardise", "disagreement")
+    OF_A_TEACHER: ClassVar[tuple[str, ...]] = (
+        "teacher",
+        "grid",
+        "alpha",
+        "beta",
+        "local_weight",
+        "ce_weight",
+        "global_weight",
+        "temperature",
+        "standardise",
+        "disagreement",
     )
 
     student: str = option(

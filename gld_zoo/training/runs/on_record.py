@@ -26,6 +26,6 @@ def labels_alone(recipe: Recipe) -> float | None:
 def _follows(row: Row, recipe: Recipe) -> bool:
     """Tell whether a row was trained by a recipe, its teacher and its seed aside."""
     used = replace(Recipe.load(recipes.path_of(row.recipe)), **row.changes)
-    names = set(recipe.deciding()) - Recipe.OF_A_TEACHER - {"seed", "dataset", "compile"}
+    names = set(recipe.deciding()) - {*Recipe.OF_A_TEACHER, "seed", "dataset", "compile"}
     same = all(getattr(used, name) == getattr(recipe, name) for name in names)
     return same and recipe.dataset.rpartition("/")[2] == used.dataset.rpartition("/")[2]

@@ -38,4 +38,4 @@ def test_every_option_of_the_loss_is_known_to_need_a_teacher_or_not():
     """One that is forgotten would leave runs without the row on labels alone."""
     names = [field.name for field in Recipe.fields()]
     of_the_loss = set(names[names.index("grid") : names.index("epochs")])
-    assert of_the_loss - Recipe.OF_A_TEACHER == {"label_smoothing"}
+    assert of_the_loss - set(Recipe.OF_A_TEACHER) == {"label_smoothing"}
