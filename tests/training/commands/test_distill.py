@@ -145,17 +145,8 @@ def test_logged_scores_are_those_of_the_saved_weights(student_run, tiny_dataset)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("door", [["-m", "gld_zoo.training.distill"], ["train/distill.py"]])
-def test_accelerates_launcher_runs_the_same_program(student_run, tmp_path, door):
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", *door]
-    command += ["--config", student_run / "recipe.yaml", "--run", tmp_path / "run"]
-    subprocess.run(
-        list(map(str, command)),
-        check=True,
-        cwd=CHECKOUT,
-        env=dict(os.environ, PYTHONPATH=str(CHECKOUT)),
-        capture_output=True,
-    )
+def test_accelerates_launcher_runs_the_same_program(student_run, tmp_path):
+    launch("--config", student_run / "recipe.yaml", "--run", tmp_path / "run")
     files = [folder / "last" / "model.safetensors" for folder in (tmp_path / "run", student_run)]
     assert files[0].read_bytes() == files[1].read_bytes()
 
