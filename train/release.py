@@ -86,7 +86,7 @@ def release(
             first.description(),
             teacher=teacher,
             recipe=recipe_name,
-            changes=changes(first.recipe, published, teacher),
+            changes=changes(first.portable(), published, teacher),
             file=f"{name}.safetensors" if ship else None,
             sha256=digest,
             license="apache-2.0",
@@ -116,8 +116,9 @@ def check_architecture(runs: list[FinishedRun], name: str) -> None:
     if not tag:
         raise ValueError(f"--name {name} has no tag; name the weights ARCHITECTURE.TAG")
     for run in runs:
-        if run.recipe.student.partition(".")[0] != architecture:  # perhaps from a tag's weights
-            raise ValueError(f"{run.path} trained {run.recipe.student}, not {name}")
+        config = json.loads((run.path / "last" / "config.json").read_text(encoding="utf-8"))
+        if config["architecture"] != architecture:
+            raise ValueError(f"{run.path} trained {config['architecture']}, not {name}")
 
 
 def measure_file(

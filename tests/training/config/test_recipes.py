@@ -29,7 +29,7 @@ TRANSFERS = {
     "segment": (SegmentationRecipe, sorted(FOLDER.glob("segment_*.yaml"))),
 }
 OTHERS = [*PROBES, *TRANSFERS["detect"][1], *TRANSFERS["segment"][1]]
-SIZES = dict(cifar100=32, cifar100_64=64, quickstart=32, imagenet=224, flowers=224, dogs=224)
+SIZES = dict(cifar100=32, quickstart=32, imagenet=224, flowers=224, dogs=224)
 SIZES.update(cars=224, cub=224)
 RECIPES = sorted(set(FOLDER.glob("*.yaml")) - set(OTHERS))
 
@@ -116,7 +116,8 @@ def test_every_recipe_builds_its_models_and_takes_a_step(path, tiny_dataset, tmp
     trainer = Trainer(Distiller(recipe, Accelerator(cpu=True)), run)
     trainer.task.network.train()
     images, target = next(trainer.data.train.epoch(0))
-    size = SIZES[path.stem.partition("_")[0] if "_64_" not in path.stem else "cifar100_64"]
+    enlarged = re.match(r"cifar100_(\d+)_", path.stem)
+    size = int(enlarged[1]) if enlarged else SIZES[path.stem.partition("_")[0]]
     assert images.shape == (4, 3, size, size)
     weight = trainer.task.student.get_classifier().weight
     before = weight.detach().clone()
