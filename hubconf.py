@@ -4,9 +4,9 @@ import functools
 from collections.abc import Callable as _Callable
 from typing import Any as _Any
 
-from gld_zoo import cifar_resnet as _cifar_resnet
-from gld_zoo import cifar_wrn as _cifar_wrn
-from gld_zoo import gld_resnet as _gld_resnet
+from gld_zoo.models import cifar_resnet as _cifar_resnet
+from gld_zoo.models import cifar_wrn as _cifar_wrn
+from gld_zoo.models import gld_resnet as _gld_resnet
 
 dependencies = ["torch", "torchvision", "timm", "safetensors", "huggingface_hub"]
 

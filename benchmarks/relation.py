@@ -2,8 +2,9 @@
 
     OMP_NUM_THREADS=1 python benchmarks/relation.py --out relation.json --plot relation.png
 
-Value and gradient in float32. `auto` is what the loss runs: the form that `gld_zoo.relations`
-chooses by shape. Memory is measured in a fresh process a form and shape.
+Value and gradient in float32. `auto` is what the loss runs: the form that
+`gld_zoo.distillation.relations` chooses by shape. Memory is measured in a fresh process a form and
+shape.
 """
 
 from __future__ import annotations

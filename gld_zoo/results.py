@@ -78,20 +78,21 @@ class Row:
         """Read a row as `results.json` holds it.
 
         Args:
-            values: By the names of the fields. A teacher may be its name alone, and what is not a
-                field is left out.
+            values: By the names of the fields. A teacher may be its name alone.
 
         Raises:
-            ValueError: If something is missing; it names what.
+            ValueError: If something is missing or unknown; it names what.
         """
         missing = _missing(cls, values)
-        runs = values.get("runs") or [{}]
-        missing += [f"runs[0].{name}" for name in _missing(SeedRun, runs[0])]
-        if missing:
-            raise ValueError(f"results has no {', '.join(missing)}, which a card tells")
-        teacher = values["teacher"]
+        runs, teacher = values.get("runs") or [{}], values.get("teacher")
+        for number, run in enumerate(runs):
+            missing += [f"runs[{number}].{name}" for name in _missing(SeedRun, run)]
         if isinstance(teacher, str):
             teacher = dict(name=teacher)
+        if teacher is not None:
+            missing += [f"teacher.{name}" for name in _missing(TeacherRecord, teacher)]
+        if missing:
+            raise ValueError(f"results has no {', '.join(missing)}, which a card tells")
         return cls(
             **dict(
                 _known(cls, values),
@@ -169,8 +170,11 @@ def _missing(kind: Any, values: dict[str, Any]) -> list[str]:
 
 
 def _known(kind: Any, values: dict[str, Any]) -> dict[str, Any]:
-    names = {each.name for each in dataclasses.fields(kind)}
-    return {name: value for name, value in values.items() if name in names}
+    """Return values by the names of a dataclass's fields, of which none may be another."""
+    names = [each.name for each in dataclasses.fields(kind)]
+    if unknown := [name for name in values if name not in names]:
+        raise ValueError(f"results has {', '.join(unknown)}, which is none of {', '.join(names)}")
+    return dict(values)
 
 
 def _told(one: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from gld_zoo import create_deeplabv3plus, global_local_logits
-from gld_zoo.cli import main
+from gld_zoo.cli import TRAINING_COMMANDS, main
 from gld_zoo.downstream.saving import save_downstream
 from gld_zoo.explain import HEAD, SIDE, drawable, explain, seen_part
 from gld_zoo.hub import save_pretrained
@@ -226,7 +226,11 @@ def test_the_map_is_hot_where_the_activation_is():
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="pipes that end early are a matter of shells")
 def test_a_reader_that_has_had_enough_is_no_error():
-    command = [sys.executable, "-c", "from gld_zoo.cli import main; main(['list'])"]
+    command = [
+        sys.executable,
+        "-c",
+        "from gld_zoo.cli import main; main(['list'])",
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()
         error = process.stderr.read()
@@ -380,7 +384,11 @@ def test_output_that_is_not_taken_is_one_line(pictures, printed_to, arguments, c
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
 def test_a_full_disk_is_one_line_at_the_programs_end_too():
     """What the interpreter still holds is written at its end, where it says so at length."""
-    command = [sys.executable, "-c", "from gld_zoo.cli import main; main(['list'])"]
+    command = [
+        sys.executable,
+        "-c",
+        "from gld_zoo.cli import main; main(['list'])",
+    ]
     with open("/dev/full", "w") as full:
         ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert ended.returncode == 1
@@ -449,3 +457,34 @@ def test_long_escapes_stay_in_their_cell(monkeypatch):
         rows, columns = np.nonzero(np.abs(drawn - blank).sum(2))
         assert rows.max() < HEAD + SIDE / grid
         assert SIDE / grid < columns.min() < columns.max() < 2 * SIDE / grid
+
+
+def test_a_recipe_is_shown_with_what_it_scored(capsys):
+    shown = run(capsys, "info", "quickstart")
+    assert "student: gld_wrn16_1" in shown
+    assert "# on record: gld_wrn16_1.quickstart_alone, changes teacher None: top-1" in shown
+
+
+@pytest.mark.slow
+def test_commands_without_their_packages_name_the_extra():
+    code = (
+        "import sys\n"
+        "sys.modules.update(jsonargparse=None, datasets=None)\n"
+        "from gld_zoo.cli import TRAINING_COMMANDS, main\n"
+        "for name in TRAINING_COMMANDS:\n"
+        "    try: main([name, '--help'])\n"
+        "    except SystemExit as stop: print(stop.code)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    lines = result.stdout.splitlines()
+    for (name, command), line in zip(TRAINING_COMMANDS.items(), lines, strict=True):
+        assert line.startswith(f"error: gld-zoo {name} needs ")
+        assert line.endswith(f'comes with an extra: pip install "gld-zoo[{command.extra}]"')
+
+
+@pytest.mark.parametrize("name", sorted(TRAINING_COMMANDS))
+def test_every_command_of_the_trainer_explains_its_options(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([name, "--help"])
+    assert stop.value.code in (0, None)
+    assert f"usage: gld-zoo {name} " in capsys.readouterr().out

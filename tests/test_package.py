@@ -1,6 +1,8 @@
 """What importing the package does, and does not; its rooms; and that the benchmarks run."""
 
+import ast
 import json
+import pkgutil
 import runpy
 import subprocess
 import sys
@@ -10,6 +12,7 @@ import torch
 from datasets import Image, load_dataset
 from importlinter.cli import lint_imports
 
+import gld_zoo
 from helpers import BUNDLED, CHECKOUT, write_dataset
 
 
@@ -45,6 +48,25 @@ def test_rooms_import_only_those_below_them():
     """Layers of the package and of its trainer, and a zoo that knows nothing of the trainer."""
     config = str(CHECKOUT / "pyproject.toml")
     assert lint_imports(config_filename=config, cache_dir=None, no_logo=True) == 0
+
+
+def test_every_module_of_the_zoo_is_kept_from_the_trainers_packages():
+    tomllib = pytest.importorskip("tomllib")  # of Python 3.11
+    contracts = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["tool"]["importlinter"]
+    (forbidden,) = (each for each in contracts["contracts"] if each["type"] == "forbidden")
+    modules = {f"gld_zoo.{module.name}" for module in pkgutil.iter_modules(gld_zoo.__path__)}
+    assert set(forbidden["source_modules"]) == modules - {"gld_zoo.training"}
+
+
+def test_functions_are_short():
+    lengths = {}
+    for folder in ("gld_zoo", "train", "benchmarks"):
+        for path in (CHECKOUT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.FunctionDef):
+                    lengths[f"{path.name}:{node.name}"] = node.end_lineno - node.lineno + 1
+    assert len(lengths) > 500
+    assert {name: lines for name, lines in lengths.items() if lines > 50} == {}
 
 
 @pytest.mark.slow

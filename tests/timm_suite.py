@@ -2,8 +2,9 @@
 
     python tests/timm_suite.py [pytest options]
 
-Downloads the source distribution with pip, so it needs a package index; `tests/test_models.py`
-mirrors the contract offline. With `--sdist FILE` it takes one already downloaded.
+Downloads the source distribution with pip, so it needs a package index;
+`tests/models/test_models.py` mirrors the contract offline. With `--sdist FILE` it takes one already
+downloaded.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-OLD_FOLDER = Path("train/recipes")  # where a clone of an earlier version had them
 
 
 def names() -> list[str]:
@@ -38,13 +37,22 @@ def find(name: str) -> str:
     """
     if name in names():
         return str(path_of(name))
+    if not name:
+        raise ValueError("the name of the recipe is empty; give one, or a YAML file of options")
     path = Path(name)
     if os.path.lexists(path):
         return name
-    if path.parent.parts[-2:] == OLD_FOLDER.parts and path.stem in names():
+    if path.suffix == ".yaml" and path.stem in names():
         raise ValueError(
-            f"the recipe {name} is part of the package now: name it by --config {path.stem}"
+            f"there is no file {name}, and the recipe of that name is part of the package: name "
+            f"it by --config {path.stem}"
         )
     if path.parent == Path() and path.suffix == "":
         path_of(name)
     return name
+
+
+def command_of(name: str) -> str:
+    """Return which command of `gld-zoo` a recipe of the package is for."""
+    kinds = dict(detect_="detect", segment_="segment", linear_="probe")
+    return next((kinds[kind] for kind in kinds if name.startswith(kind)), "distill")

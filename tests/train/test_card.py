@@ -91,6 +91,10 @@ def test_a_row_that_lacks_something_is_named():
     del lacking["recipe"], lacking["runs"][0]["commit"]
     with pytest.raises(ValueError, match=r"results has no recipe, runs\[0\].commit, which a card"):
         Row.from_dict(lacking)
+    with pytest.raises(ValueError, match=r"results has licence, which is none of dataset, "):
+        Row.from_dict(dict(row().to_dict(), licence="mit"))
+    with pytest.raises(ValueError, match=r"results has no teacher\.name"):
+        Row.from_dict(dict(row().to_dict(), teacher=dict(sha256="x")))
 
 
 def test_each_run_has_one_command_that_is_its_recipe_with_its_changes():

@@ -54,7 +54,7 @@ def cli(arguments: list[str], prog: str | None = None) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the images held out")
     parser.add_argument("--json", type=str | None, help="file to write the result to")
-    options = parser.parse_args(configs_first(arguments))
+    options = parser.parse_args(configs_first(arguments, prog))
     try:
         result = linear_probe(
             options.model,

@@ -52,7 +52,7 @@ def parse_command(
         help="go on from the run folder's newest checkpoint, if any; its recipe need not be given",
     )
     kind.add_to(parser)
-    namespace = parser.parse_args(configs_first(_with_saved_recipe(argv)))
+    namespace = parser.parse_args(configs_first(_with_saved_recipe(argv), prog))
     configs = namespace.pop("config") or []
     values = namespace.as_dict()
     run, resume = values.pop("run"), values.pop("resume")
@@ -73,10 +73,15 @@ def add_config(parser: ArgumentParser) -> None:
     )
 
 
-def configs_first(argv: list[str]) -> list[str]:
+def configs_first(argv: list[str], prog: str | None = None) -> list[str]:
     """Return the arguments with each `--config` before what overrides it, as the path of a file.
 
-    A recipe that cannot be found or is no text ends the program with one line that names it.
+    A recipe that cannot be found, is no text or another command's ends the program with one line
+    that names it.
+
+    Args:
+        argv: The command line.
+        prog: The command, as `gld-zoo distill`; None takes any recipe.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", action="append", nargs="?", default=[])
@@ -84,16 +89,18 @@ def configs_first(argv: list[str]) -> list[str]:
     if None in given.config:  # which the parser of all options tells
         return argv
     try:
-        paths = [_recipe_path(name) for name in given.config]
+        paths = [_recipe_path(name, prog) for name in given.config]
     except ValueError as error:
         sys.exit(f"error: {error}")
     return [*(part for path in paths for part in ("--config", path)), *others]
 
 
-def _recipe_path(name: str) -> str:
+def _recipe_path(name: str, prog: str | None) -> str:
     if ":" in name and not os.path.lexists(name):
         return name  # options themselves, which jsonargparse takes in a file's place
-    path = recipes.find(name)
+    path, command = recipes.find(name), recipes.command_of(name)
+    if name in recipes.names() and prog and not prog.endswith(command):
+        raise ValueError(f"{name} is a recipe of gld-zoo {command}")
     check_text(Path(path))
     return path
 

@@ -115,8 +115,13 @@ def pick_splits(
 
 
 def find_folder(name: str) -> Path | None:
-    """Return the folder that a dataset's name means, if any: from here, or beside the package."""
-    folders = (Path(name).expanduser(), BESIDE_PACKAGE / name)
+    """Return the folder that a dataset's name means, if any.
+
+    A relative one is looked up from here; `gld_zoo/data/NAME` is the package's own from anywhere.
+    """
+    folders = [Path(name).expanduser()]
+    if folders[0].parts[:2] == ("gld_zoo", "data"):
+        folders.append(BESIDE_PACKAGE / name)
     return next((path for path in folders if path.is_dir()), None)
 
 

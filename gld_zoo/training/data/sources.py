@@ -26,7 +26,7 @@ class ImageSource:
 
     Args:
         name: Hub id, folder in hub layout or image folder; a relative path is looked up from the
-            current folder, then beside the package.
+            current folder, or `gld_zoo/data/NAME` in the package.
         config, revision: Of a dataset that has several; None takes its only or default one.
         train_split, test_split: Names of the splits; None takes 'test', else 'validation'.
         test_fraction: Share of the training split to hold out, class by class, as test split

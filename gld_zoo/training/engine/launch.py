@@ -141,11 +141,12 @@ def train(trainer: Trainer, interruption: Interruption, *, resume: bool) -> None
             lambda line: say(telling.epoch_line(line, task, trainer.run.history)), interruption
         )
     except Stopped as stopped:
+        trainer.write_metrics(last=True)
         say(f"{stopped}; go on with --resume")
         return
     summary = trainer.finish()
     say(telling.best_epoch(summary, task))
-    before = telling.before(trainer.state.before)
+    before = telling.score_before(trainer.state.before)
     for line in task.conclusion(summary, before, trainer.run.path):
         say(line)
 

@@ -82,7 +82,7 @@ class Task(ABC):
         """
 
     def introduction(self) -> list[str]:
-        """Return what to tell before training: of the data, and of what is learnt from."""
+        """Return what to tell before training, after `prepare`: of the data, and of the teacher."""
         data = self.data
         held = f", {data.val.count:,} held out" if data.val else ""
         tests = "" if data.test.count is None else f"{data.test.count:,} "

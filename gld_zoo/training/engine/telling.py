@@ -44,7 +44,7 @@ def standing(task: Task, means: dict[str, float], lr: float, images_per_second: 
     return f"{shown}{images_per_second:.0f} images/s lr {lr:g} {_terms(means)}"
 
 
-def start(task: Task, position: tuple[int, int], before: dict[str, Any]) -> str:
+def start_line(task: Task, position: tuple[int, int], before: dict[str, Any]) -> str:
     """Return a line on the model as it is before the first step of this launch.
 
     Args:
@@ -60,13 +60,13 @@ def start(task: Task, position: tuple[int, int], before: dict[str, Any]) -> str:
     )
 
 
-def origin(task: Task, position: tuple[int, int]) -> str:
+def origin_of(task: Task, position: tuple[int, int]) -> str:
     """Return of which weights the first score is, and on which images."""
     told = _done(position) if any(position) else task.describe_origin()
     return told + (", on the images held out" if task.data.val else "")
 
 
-def before(measured: dict[str, Any]) -> str:
+def score_before(measured: dict[str, Any]) -> str:
     """Return what the model scored before training."""
     return f"{measured['score']:.2f} % before ({measured['origin']})"
 

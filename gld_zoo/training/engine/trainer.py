@@ -62,18 +62,22 @@ class Trainer:
     def restore(self) -> None:
         """Go on from the newest undamaged checkpoint, if there is any."""
         self.state.restore()
+        self.write_metrics()
+
+    def write_metrics(self, *, last: bool = False) -> None:
+        """Write the lines of all epochs, and their curves if a minute has passed, or at the end."""
         if self.run.history and self.accelerator.is_main_process:
-            self.run.write_metrics(self.task.metric, self.task.metric_title)
+            self.run.write_metrics(self.task.metric, self.task.metric_title, last=last)
 
     def measure_start(self) -> str:
         """Return a line on the model as it is now, measured unless a checkpoint tells of it."""
         task, state = self.task, self.state
         if state.before:
-            return telling.start(task, state.position, {})
+            return telling.start_line(task, state.position, {})
         scores = task.measure(self.result, self.data.val or self.data.test)
-        origin = telling.origin(task, state.position)
+        origin = telling.origin_of(task, state.position)
         state.before = dict(score=scores[task.metric], origin=origin)
-        return telling.start(task, state.position, state.before)
+        return telling.start_line(task, state.position, state.before)
 
     def fit(self, report: Callable[[dict[str, Any]], None], interruption: Interruption) -> None:
         """Train from where the run stands to its last epoch.
@@ -191,9 +195,7 @@ class Trainer:
         if is_main and self.data.val and line.get(name, -1.0) > best:
             self.write_model("best")
         self.state.save(epoch + 1, 0)
-        if is_main:
-            last = epoch + 1 == self.recipe.epochs
-            self.run.write_metrics(self.task.metric, self.task.metric_title, last=last)
+        self.write_metrics(last=epoch + 1 == self.recipe.epochs)
         self.accelerator.log(line, step=epoch + 1)
         return line
 

@@ -35,7 +35,7 @@ class FinishedRun:
         try:
             recipe = Recipe.load(path / "recipe.yaml")
         except ValueError as error:
-            raise RunError(f"{path} holds no run of distill.py: {error}") from error
+            raise RunError(f"{path} holds no run of gld-zoo distill: {error}") from error
         summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
         if "teacher" not in summary:
             raise RunError(

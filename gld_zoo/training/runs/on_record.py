@@ -17,7 +17,8 @@ def labels_alone(recipe: Recipe) -> float | None:
     """
     if not PATH.is_file():
         return None
-    for row in Results.load().rows.values():
+    results = Results.load()
+    for row in [*results.runs.values(), *results.weights.values()]:
         if row.teacher is None and row.epochs == recipe.epochs and _follows(row, recipe):
             return row.runs[0].top1
     return None

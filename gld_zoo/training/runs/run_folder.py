@@ -149,7 +149,7 @@ class RunFolder:
                     shutil.rmtree(aside, ignore_errors=True)
                     path.rename(aside)
 
-    def write_metrics(self, score: str, title: str, *, last: bool = False) -> None:
+    def write_metrics(self, metric: str, title: str, *, last: bool = False) -> None:
         """Write the history's lines; draw the curves if a minute has passed, or if it is all."""
         lines = "".join(json.dumps(line) + "\n" for line in self.history)
         write_text(self.path / "metrics.jsonl", lines)
@@ -158,7 +158,7 @@ class RunFolder:
             return
         self._drawn = now
         with replacing(self.path / "curves.png") as temporary:
-            draw_curves(self.history, temporary, score, title)
+            draw_curves(self.history, temporary, metric, title)
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """Write a file whole or not at all."""
@@ -174,12 +174,12 @@ class RunFolder:
 
 
 def summarize(
-    history: list[dict[str, Any]], measured: dict[str, float], score: str
+    history: list[dict[str, Any]], measured: dict[str, float], metric: str
 ) -> dict[str, Any]:
     """Return the last epoch's scores on the test split, and the best epoch's as a footnote."""
     split = measured_split(history)
-    measured_lines = [line for line in history if f"{split}_{score}" in line]
-    best = max(measured_lines, key=lambda line: line[f"{split}_{score}"])
+    measured_lines = [line for line in history if f"{split}_{metric}" in line]
+    best = max(measured_lines, key=lambda line: line[f"{split}_{metric}"])
     summary: dict[str, Any] = dict(epochs=history[-1]["epoch"])
     summary.update(
         ("test_loss" if name == "loss" else name, value) for name, value in measured.items()
@@ -187,7 +187,7 @@ def summarize(
     summary.update(
         {
             "best_epoch": best["epoch"],
-            f"best_epoch_{score}": best[f"{split}_{score}"],
+            f"best_epoch_{metric}": best[f"{split}_{metric}"],
             "best_epoch_split": split,
             "seconds": round(sum(line["seconds"] for line in history), 1),
         }

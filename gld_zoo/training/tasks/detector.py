@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import faster_coco_eval  # noqa: F401  what torchmetrics counts by, so that it is missed at once
 import torch
 import torch.nn as nn
 from accelerate.utils import gather_object

@@ -106,7 +106,7 @@ class Distiller(Task):
             lines.append(f"beta {beta:g}: the paper's {PAPER_BETA:g} scaled to the rows of a batch")
         if not self.recipe.finetune and (":" in student or "." in student):
             lines.append(f"{student} begins at random; --finetune all begins with its weights")
-        if self.teacher is not None:
+        if self.teacher_top1 is not None:
             lines.append(f"teacher {self.recipe.teacher}: top-1 {self.teacher_top1:.2f} %")
         return lines
 

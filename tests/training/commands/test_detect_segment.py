@@ -259,7 +259,7 @@ def test_drawings_never_take_the_place_of_images(runs, tmp_path):
 
 def test_what_is_no_run_of_distill_is_not_exported_as_one(runs, tmp_path):
     message = fails(export, runs / "segment", tmp_path / "out")
-    assert "holds no run of distill.py" in message
+    assert "holds no run of gld-zoo distill" in message
     assert not (tmp_path / "out").exists()
 
 

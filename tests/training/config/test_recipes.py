@@ -270,3 +270,27 @@ def test_options_may_stand_in_a_files_place():
     assert parse_command(Recipe, "", ["--config", "{student: x, lr: 0.3}"]).recipe.lr == 0.3
     with pytest.raises(SystemExit, match="there is no recipe 'xxx"):
         parse_command(Recipe, "", ["--config", "x" * 300])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("train/recipes/quickstart.yaml", "part of the package: name it by --config quickstart"),
+        ("quickstart.yaml", "part of the package: name it by --config quickstart"),
+        ("quikstart", "there is no recipe 'quikstart'; there are quickstart"),
+        ("detect_coco128", "detect_coco128 is a recipe of gld-zoo detect"),
+        ("", "the name of the recipe is empty"),
+    ],
+)
+def test_a_recipe_that_is_not_there_is_told_its_name(name, message, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=message):
+        parse_command(Recipe, "", ["--config", name], "gld-zoo distill")
+
+
+def test_a_name_is_the_packages_recipe_and_a_path_the_file(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "quickstart").write_text("student: mine")
+    command = parse_command(Recipe, "", ["--config", "quickstart"])
+    assert (command.recipe.student, str(command.run)) == ("gld_wrn16_1", "runs/quickstart-0")
+    assert parse_command(Recipe, "", ["--config", "./quickstart"]).recipe.student == "mine"
