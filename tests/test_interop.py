@@ -160,6 +160,7 @@ def test_torchvision_extracts_features(name):
     torch.testing.assert_close(found, expected[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gld_resnet20", "gld_wrn16_1", "gld_resnet18"])
 @torch.no_grad()
 def test_onnx_of_any_batch_gives_the_same_logits(tmp_path, name):

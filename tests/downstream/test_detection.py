@@ -104,6 +104,7 @@ def test_the_dense_part_exports(model):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_dense_part_in_onnxruntime_decoded_is_the_model(model, tmp_path):
     for library in ("onnx", "onnxscript"):

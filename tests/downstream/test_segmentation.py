@@ -67,6 +67,7 @@ def test_export_of_any_batch(model):
     torch.testing.assert_close(program.module()(images), model(images), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_onnx_of_any_batch(model, tmp_path):
     for library in ("onnx", "onnxscript"):

@@ -62,6 +62,7 @@ def fails(module, *options):
     return str(stop.value.code)
 
 
+@pytest.mark.slow
 def test_a_detection_run_is_whole(runs):
     folder = runs / "detect"
     summary = json.loads((folder / "summary.json").read_text())
@@ -75,6 +76,7 @@ def test_a_detection_run_is_whole(runs):
     assert model.config["label_names"] == ["red", "green", "blue"]
 
 
+@pytest.mark.slow
 def test_a_segmentation_run_learns(runs):
     folder = runs / "segment"
     summary = json.loads((folder / "summary.json").read_text())
@@ -97,6 +99,7 @@ def test_a_segmentation_run_learns(runs):
     assert summary["miou"] == pytest.approx(100 * expected, abs=0.2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "options"),
     [(detect, DETECT), pytest.param(segment, SEGMENT, marks=pytest.mark.slow)],
@@ -201,6 +204,7 @@ def test_mean_iou_leaves_out_classes_that_never_occur():
     assert segmenter.mean_iou(torch.zeros(2, 2)) == 0.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "options", "message"),
     [
@@ -219,6 +223,7 @@ def test_mistakes_end_with_one_line(boxes, masks, tmp_path, module, options, mes
     assert message in fails(module, *options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["detect", "segment"])
 def test_predictions_are_drawn(runs, tmp_path, name, capsys):
     image, *_ = scene(3)
@@ -235,6 +240,7 @@ def test_predictions_are_drawn(runs, tmp_path, name, capsys):
     assert (pixels[:72, :96] != image).any()
 
 
+@pytest.mark.slow
 def test_images_of_one_name_are_drawn_apart(runs, tmp_path):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
@@ -249,6 +255,7 @@ def test_images_of_one_name_are_drawn_apart(runs, tmp_path):
     assert len(list((tmp_path / "more").iterdir())) == 3
 
 
+@pytest.mark.slow
 def test_drawings_never_take_the_place_of_images(runs, tmp_path):
     Image.fromarray(scene(3)[0]).save(tmp_path / "scene.png")
     before = (tmp_path / "scene.png").read_bytes()
@@ -257,17 +264,20 @@ def test_drawings_never_take_the_place_of_images(runs, tmp_path):
     assert (tmp_path / "scene.png").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_what_is_no_run_of_distill_is_not_exported_as_one(runs, tmp_path):
     message = fails(export, runs / "segment", tmp_path / "out")
     assert "holds no run of gld-zoo distill" in message
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_segmenter_is_not_taken_for_a_classifier(runs):
     with pytest.raises(ValueError, match="no 'architecture', so it is not the folder of a timm"):
         create_model(f"local-dir:{runs / 'segment' / 'last'}", pretrained=True)
 
 
+@pytest.mark.slow
 def test_nothing_to_draw_is_an_error(runs, tmp_path):
     (tmp_path / "notes.txt").write_text("no image")
     message = fails(draw, runs / "segment", tmp_path, "--out", tmp_path / "drawn")
@@ -279,6 +289,7 @@ def test_a_folder_without_a_model_is_named(tmp_path):
     assert "holds no whole detector or segmenter" in message
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_default_boxes_are_exact_under_autocast(runs):
     """Matching and encoding in training must see the boxes that detections are decoded by."""
@@ -291,6 +302,7 @@ def test_default_boxes_are_exact_under_autocast(runs):
     assert torch.equal(torch.stack(exact.boxes), torch.stack(rounded.boxes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("module", "options"), [(detect, DETECT), (segment, SEGMENT)])
 def test_workers_read_the_same_images(boxes, masks, tmp_path, monkeypatch, module, options):
     """Nothing that a worker sent is kept, as each tensor holds a file open, and none outlives."""

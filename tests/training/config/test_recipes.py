@@ -34,6 +34,11 @@ SIZES.update(cars=224, cub=224)
 RECIPES = sorted(set(FOLDER.glob("*.yaml")) - set(OTHERS))
 
 
+def kind_of(path):
+    """Return a recipe's dataset, by its name."""
+    return path.stem.partition("_")[0]
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_parses_and_names_its_command_and_known_models(path):
     recipe = Recipe.load(path)
@@ -100,7 +105,15 @@ def architecture(teacher):
     return teacher.split(".")[0]
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        # those of photographs take seconds
+        pytest.param(path, marks=[] if SIZES.get(kind_of(path)) == 32 else [pytest.mark.slow])
+        for path in RECIPES
+    ],
+    ids=lambda path: path.stem,
+)
 def test_every_recipe_builds_its_models_and_takes_a_step(path, tiny_dataset, tmp_path, monkeypatch):
     """At its own size and with its own crops, on four real images; weights here are random."""
     recipe = Recipe.load(path)
@@ -117,7 +130,7 @@ def test_every_recipe_builds_its_models_and_takes_a_step(path, tiny_dataset, tmp
     trainer.task.network.train()
     images, target = next(trainer.data.train.epoch(0))
     enlarged = re.match(r"cifar100_(\d+)_", path.stem)
-    size = int(enlarged[1]) if enlarged else SIZES[path.stem.partition("_")[0]]
+    size = int(enlarged[1]) if enlarged else SIZES[kind_of(path)]
     assert images.shape == (4, 3, size, size)
     weight = trainer.task.student.get_classifier().weight
     before = weight.detach().clone()

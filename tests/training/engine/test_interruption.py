@@ -161,6 +161,7 @@ def test_before_training_a_signal_ends_the_run_at_once(
     assert signal.getsignal(number) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["memory", "loader", "stream"])
 def test_a_run_killed_while_an_epoch_is_measured_has_its_steps(
     rows, tmp_path, distill, kind, monkeypatch

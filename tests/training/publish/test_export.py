@@ -98,6 +98,7 @@ def top1(model, dataset):
     return 100 * hits / len(rows)
 
 
+@pytest.mark.slow
 def test_onnx_files_score_what_the_card_says(student_run, tiny_dataset, export, tmp_path):
     for library in onnx_files.PACKAGES:
         pytest.importorskip(library)
@@ -174,6 +175,7 @@ def test_mistakes_are_named_and_nothing_is_written(student_run, export, tmp_path
     assert (folder / "mine").read_text() == "kept"
 
 
+@pytest.mark.slow
 def test_an_onnx_file_that_is_not_the_model_is_refused(tmp_path, monkeypatch):
     for library in onnx_files.PACKAGES:
         pytest.importorskip(library)

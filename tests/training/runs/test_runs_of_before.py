@@ -33,10 +33,8 @@ def machine():
     return f"{torch.__version__} {hashlib.sha256(flags.encode()).hexdigest()[:12]}"
 
 
-SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("distilled", "classifier")]
-
-
-@pytest.mark.parametrize("kind", ["labels", *SLOW])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["distilled", "labels", "classifier"])
 def test_a_run_of_before_resumes_to_what_it_would_have_been(kind, distill, tmp_path, monkeypatch):
     for name in {kind, "teacher"}:
         shutil.copytree(BEFORE / name, tmp_path / name)
