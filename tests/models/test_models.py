@@ -17,7 +17,7 @@ import gld_zoo
 
 MODELS = timm.list_models("gld_*")
 SMALL = [name for name in MODELS if name not in ("gld_resnet18", "gld_resnet34")]
-SMALL = ("gld_resnet18", "gld_resnet20", "gld_wrn16_1")  # one of each family
+ONE_OF_EACH = ("gld_resnet18", "gld_resnet20", "gld_wrn16_1")
 every_model = pytest.mark.parametrize("name", MODELS)
 
 PARAMETERS = dict(
@@ -211,7 +211,7 @@ def test_impossible_architectures_are_named(name, options):
     "name",
     [
         # the others have more of the same layers
-        pytest.param(name, marks=[] if name in SMALL else [pytest.mark.slow])
+        pytest.param(name, marks=[] if name in ONE_OF_EACH else [pytest.mark.slow])
         for name in timm.list_models("gld_*")
     ],
 )
