@@ -140,9 +140,10 @@ def create_model(name: str, **kwargs: Any) -> Any:
             f"its file of weights is damaged ({error}); download or export it again"
         ) from error
     except KeyError as error:
-        raise ValueError(
-            f"it has no {error}, so it is not the folder of a timm classifier"
-        ) from error
+        reason = f"it has no {error}, so it is not the folder of a timm classifier"
+        if not name.startswith("local-dir:"):
+            reason = f"timm does not know {error}"
+        raise ValueError(reason) from error
     except (RuntimeError, ValueError, OSError, HfHubHTTPError) as error:
         reason = str(error) or f"{type(error).__name__}: its file of weights is missing"
         raise ValueError(reason) from error

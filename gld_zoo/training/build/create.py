@@ -41,7 +41,7 @@ def create_student(
             are none.
     """
     classes, options = len(label_names), options or {}
-    if taken := {"num_classes", "pretrained", "in_chans"} & set(options):
+    if taken := {"num_classes", "pretrained", "in_chans", "features_only"} & set(options):
         raise ModelError(f"student_args: {', '.join(sorted(taken))} is the trainer's; leave it out")
     if finetune is None:
         return _create("student", name, device, num_classes=classes, **options)
@@ -123,8 +123,9 @@ def _create(role: str, name: str, device: torch.device, **kwargs: Any) -> Any:
         )
     try:
         model = create_model(name, **kwargs)
-    except (TypeError, ValueError) as error:  # the former of an argument that it does not take
-        raise ModelError(f"{role}={name!r} cannot be created: {error}") from error
+    except (AssertionError, TypeError, ValueError) as error:  # of arguments that it does not take
+        reason = str(error) or "it does not take the value of an option of its own"
+        raise ModelError(f"{role}={name!r} cannot be created: {reason}") from error
     if model.in_chans != 3:
         raise ModelError(f"{role}={name!r} takes {model.in_chans} channels; the trainer gives RGB")
     return model.to(device, memory_format=torch.channels_last)

@@ -142,9 +142,19 @@ def train_batches(
 
 
 def training_transforms(recipe: Recipe, config: dict[str, Any], normalize: Normalize) -> Transforms:
-    """Return how a recipe's training images are cropped, mirrored and augmented."""
+    """Return how a recipe's training images are cropped, mirrored and augmented.
+
+    Raises:
+        DataError: If its cutout would leave nothing of an image.
+    """
+    size = config["input_size"][-1]
+    if recipe.cutout >= 2 * size:
+        raise DataError(
+            f"cutout={recipe.cutout} takes all of an image of {size} pixels, wherever its centre "
+            "is; choose a smaller one"
+        )
     return Transforms(
-        size=config["input_size"][-1],
+        size=size,
         interpolation=config["interpolation"],
         crop=recipe.crop,
         crop_padding=recipe.crop_padding,

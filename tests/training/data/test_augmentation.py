@@ -330,3 +330,9 @@ def test_erasing_takes_a_rectangle_in_the_mean_colour(tiny_dataset):
 def test_what_is_done_to_an_image_goes_to_workers_that_are_spawned():
     step = Transforms(8, augment="rand", erasing=0.5, cutout=3, fill=(1, 2, 3)).training()
     pickle.loads(pickle.dumps(step))
+
+
+def test_a_cutout_of_all_images_is_refused(tiny_dataset):
+    for in_memory in (True, False):
+        with pytest.raises(DataError, match="cutout=64 takes all of an image of 32 pixels"):
+            loaded(tiny_dataset, cutout=64, in_memory=in_memory, workers=0)

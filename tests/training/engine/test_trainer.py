@@ -397,6 +397,9 @@ def test_the_students_own_options_reach_timm_and_its_folder(tiny_dataset, tmp_pa
     for options, message in (
         (dict(num_classes=7), "num_classes is the trainer's"),
         (dict(stemtype="deep"), "unexpected keyword argument"),
+        (dict(features_only=True), "features_only is the trainer's"),
+        (dict(output_stride=7), "cannot be created: it does not take the value of an option"),
+        (dict(act_layer="relux"), "timm does not know 'relux'"),
     ):
         with pytest.raises(ModelError, match=message):
             build(tiny_dataset, tmp_path / "other", student="resnet18", student_args=options)
