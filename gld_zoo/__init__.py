@@ -1,4 +1,4 @@
-"""GLD students and teachers as timm models, the GLD loss, and local logits for any timm CNN.
+"""GLD students and teachers as timm models, the GLD loss, and local logits for any timm model.
 
 Importing this package registers the `gld_*` models with timm and does nothing else.
 """
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from gld_zoo.distillation.heads import GlobalLocal, global_local_logits
 from gld_zoo.distillation.losses import GLDLoss, logit_kl
+from gld_zoo.distillation.maps import global_local_features
 from gld_zoo.distillation.relations import relation
 from gld_zoo.models import cifar_resnet, cifar_wrn, gld_resnet  # noqa: F401  registers the models
 from gld_zoo.version import __version__
@@ -19,6 +20,7 @@ __all__ = [
     "__version__",
     "create_deeplabv3plus",
     "create_ssd300",
+    "global_local_features",
     "global_local_logits",
     "logit_kl",
     "relation",

@@ -10,6 +10,7 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
 from gld_zoo.distillation.heads import global_local_logits
+from gld_zoo.distillation.maps import feature_map
 from gld_zoo.explain import explain, seen_part
 from gld_zoo.hub import create_model
 from gld_zoo.output import CommandError
@@ -62,7 +63,7 @@ class Predictor:
             rows = global_local_logits(self.model, batch, grid)[0].softmax(1)
         except ValueError as error:
             raise CommandError(str(error)) from error
-        activation = self.model.forward_features(batch)[0].amax(0)
+        activation = feature_map(self.model, batch).values[0].amax(0)
         best = rows.max(1)
         labels = [
             f"{self.names[i]} {p:.0%}"

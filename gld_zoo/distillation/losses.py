@@ -197,6 +197,73 @@ class GLDLoss(nn.Module):
         return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
 
+class RelationLoss(nn.Module):
+    """The relations of features alone, of a teacher without the student's classes or without any.
+
+    `ce_weight CE + beta relation`, the relation being that of the global and local features of both
+    models, whose widths may differ; cross-entropy is left out where there are no labels.
+
+    Args:
+        beta: Weight of the relation; scaled as for `GLDLoss`.
+        ce_weight: Weight of cross-entropy.
+        global_batch: As for `GLDLoss`.
+
+    Raises:
+        ValueError: If a weight is out of its range.
+
+    Source: GLD (ICCV 2021), section 3, for the relation; that of features alone is ours.
+    """
+
+    def __init__(
+        self, beta: float = 500.0, *, ce_weight: float = 1.0, global_batch: bool = False
+    ) -> None:
+        super().__init__()
+        self.beta, self.ce_weight, self.global_batch = beta, ce_weight, global_batch
+        for name in ("beta", "ce_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must be finite and not negative")
+
+    def forward(
+        self,
+        student: torch.Tensor,
+        teacher: torch.Tensor,
+        logits: torch.Tensor | None = None,
+        target: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Compute the loss and its weighted terms.
+
+        Args:
+            student: Features `[B, 1+L, K]`, global row first.
+            teacher: Features `[B, 1+L, D]`; receive no gradient.
+            logits: The student's of the whole images, `[B, C]`; None leaves cross-entropy out.
+            target: Class indices `[B]`, or probabilities `[B, C]`.
+
+        Returns:
+            Scalars `loss`, `loss_relation`, and with logits `loss_ce`.
+
+        Raises:
+            ValueError: If the numbers of rows differ.
+        """
+        if student.ndim != 3 or student.shape[:2] != teacher.shape[:2]:
+            raise ValueError(
+                f"features must be [B, 1+L, D] of the same images and cells, got "
+                f"{list(student.shape)} and {list(teacher.shape)}; both models need the same grid"
+            )
+        global_batch = self.global_batch and torch.is_grad_enabled()
+        rows = student.flatten(0, 1), teacher.flatten(0, 1)
+        terms = dict(loss_relation=self.beta * relation(*rows, global_batch=global_batch))
+        if logits is not None and target is not None:
+            with torch.autocast(logits.device.type, enabled=False):
+                entropy = F.cross_entropy(logits.to(working_dtype(logits)), target)
+                terms = dict(loss_ce=self.ce_weight * entropy, **terms)
+        return dict(loss=torch.stack(list(terms.values())).sum(), **terms)
+
+    def extra_repr(self) -> str:
+        """Show the weights."""
+        names = ("ce_weight", "beta", "global_batch")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
+
+
 def _check_shapes(student: torch.Tensor, teacher: torch.Tensor, target: torch.Tensor) -> None:
     if student.ndim != 3 or student.shape[1] < 2 or not student.numel():
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The relations among all rows of logits, in two exact forms, over one process's batch or all's.
+"""The relations among all rows of a batch, in two exact forms, over one process's batch or all's.
 
 Kim et al., "Distilling Global and Local Logits with Densely Connected Relations", ICCV 2021. The
 linear form is ours: the inner products of distance rows are polynomials in moments of the batch.
@@ -23,17 +23,17 @@ _BLOCK_ENTRIES = 1 << 20
 def relation(
     student: torch.Tensor, teacher: torch.Tensor, *, global_batch: bool = False
 ) -> torch.Tensor:
-    """Compare the relations among all rows of logits: `1/N² sum (D(teacher) - D(student))²`.
+    """Compare the relations among all rows of two models: `1/N² sum (D(teacher) - D(student))²`.
 
     D holds the squared Euclidean distances between all rows, each of its rows divided by that row's
-    L2 norm. Two exact forms, chosen by shape: a linear-time one over moments of the batch, O(N K²),
-    and the plain one in blocks of rows, O(N² K), that never holds a matrix of N x N. If all rows of
-    one side are identical its D is zero and each row counts 1, if those of both sides are, 0; the
-    gradient is zero there.
+    L2 norm, so that the two sides need not be of one width. Two exact forms, chosen by shape: a
+    linear-time one over moments of the batch, O(N (K² + K D + D²)), and the plain one in blocks of
+    rows, O(N² (K + D)), that never holds a matrix of N x N. If all rows of one side are identical
+    its D is zero and each row counts 1, if those of both sides are, 0; the gradient is zero there.
 
     Args:
-        student: Logits `[N, K]`, global and local rows of all images alike.
-        teacher: Logits `[N, K]`; receives no gradient.
+        student: Rows `[N, K]`, logits or features, the global and local ones of all images alike.
+        teacher: Rows `[N, D]` of the same images and cells; receives no gradient.
         global_batch: Take the rows of all processes of the default process group together. Each
             process then holds the same value and, times the process count, its share of the
             gradient, so that data-parallel averaging gives exactly one process's gradient.
@@ -42,14 +42,15 @@ def relation(
         A scalar in float32, or in float64 for float64 input. It can be differentiated once.
 
     Raises:
-        ValueError: If the shapes differ, or with `global_batch` the processes' row counts do.
+        ValueError: If the numbers of rows differ, or with `global_batch` the processes' do.
 
-    Source: GLD (ICCV 2021), section 3, the densely connected relations; the linear form is ours.
+    Source: GLD (ICCV 2021), section 3, the densely connected relations; the linear form and rows of
+    two widths are ours.
     """
-    if student.ndim != 2 or student.shape != teacher.shape:
+    if student.ndim != 2 or teacher.ndim != 2 or len(student) != len(teacher):
         raise ValueError(
-            f"relation takes two [N, K] tensors of one shape, got {list(student.shape)} and "
-            f"{list(teacher.shape)}"
+            f"relation takes rows [N, K] and [N, D], as many of each, got {list(student.shape)} "
+            f"and {list(teacher.shape)}"
         )
     world_size = dist.get_world_size() if global_batch and is_distributed() else 1
     if world_size > 1:
@@ -58,9 +59,9 @@ def relation(
         return _Relation.apply(student, teacher.detach(), world_size)
 
 
-def working_dtype(logits: torch.Tensor) -> torch.dtype:
-    """Return float64 for float64 logits, float32 for all others."""
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+def working_dtype(rows: torch.Tensor) -> torch.dtype:
+    """Return float64 for float64 rows, float32 for all others."""
+    return torch.float64 if rows.dtype == torch.float64 else torch.float32
 
 
 class _Relation(torch.autograd.Function):
@@ -71,10 +72,11 @@ class _Relation(torch.autograd.Function):
         ctx: Any, student: torch.Tensor, teacher: torch.Tensor, world_size: int
     ) -> torch.Tensor:
         dtype, rows = working_dtype(student), len(student) * world_size
-        linear = student.device.type != "mps" and _linear_is_cheaper(rows, student.shape[1])
+        width = _equal_width(student.shape[1], teacher.shape[1])
+        linear = student.device.type != "mps" and _linear_is_cheaper(rows, width)
         wide = torch.float64 if linear else dtype  # MPS has no float64
         (s, scale, s_flat), (t, _, t_flat) = (
-            _centre(logits, dtype, wide, world_size) for logits in (student, teacher)
+            _centre(side, dtype, wide, world_size) for side in (student, teacher)
         )
         with_gradient = ctx.needs_input_grad[0]
         if linear:
@@ -95,12 +97,17 @@ class _Relation(torch.autograd.Function):
         return (gradient * grad_output).to(ctx.student_dtype), None, None
 
 
-def _linear_is_cheaper(rows: int, classes: int) -> bool:
-    return rows > 6 * classes  # measured on two CPU cores: benchmarks/relation.py
+def _equal_width(width: int, other: int) -> float:
+    """Return of which one width both forms would cost in the same proportion as of these two."""
+    return 2 * (width**2 + width * other + other**2) / (3 * (width + other))
+
+
+def _linear_is_cheaper(rows: int, width: float) -> bool:
+    return rows > 6 * width  # measured on two CPU cores: benchmarks/relation.py
 
 
 def _centre(
-    logits: torch.Tensor, dtype: torch.dtype, wide: torch.dtype, world_size: int
+    side: torch.Tensor, dtype: torch.dtype, wide: torch.dtype, world_size: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return centred rows in `wide` with a largest entry of 1, their scale, and if all were equal.
 
@@ -109,9 +116,9 @@ def _centre(
     underflow.
     """
     info = torch.finfo(dtype)
-    mean = add_up(logits.sum(0, dtype=wide), world_size) / (len(logits) * world_size)
-    centred = logits.to(wide) - mean
-    extremes = torch.stack([_largest(centred), _largest(logits).to(wide)])
+    mean = add_up(side.sum(0, dtype=wide), world_size) / (len(side) * world_size)
+    centred = side.to(wide) - mean
+    extremes = torch.stack([_largest(centred), _largest(side).to(wide)])
     if world_size > 1:
         dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
     spread, size = extremes.unbind()

@@ -9,8 +9,9 @@ import torch.nn as nn
 from timm.task import DistillationTeacher, LogitDistillationTask
 from timm.utils import unwrap_model
 
-from gld_zoo.distillation.heads import GlobalLocal, Grid
+from gld_zoo.distillation.heads import GlobalLocal
 from gld_zoo.distillation.losses import GLDLoss
+from gld_zoo.distillation.maps import Grid
 
 
 class GLDTask(LogitDistillationTask):
@@ -20,7 +21,7 @@ class GLDTask(LogitDistillationTask):
     logits is trained and, by `prepare_distributed`, wrapped in data parallelism.
 
     Args:
-        student_model: Any timm CNN that `global_local_logits` takes.
+        student_model: Any timm model that `global_local_logits` takes.
         teacher_model: Such a model in eval mode, its timm name, or timm's `DistillationTeacher`,
             which draws a new classifier if it is asked for other classes than the weights have.
         grid: Cells along each side of the feature map, the paper's d, or several such numbers.

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import torchvision
 
 from gld_zoo import GlobalLocal, global_local_logits
-from gld_zoo.distillation import heads
+from gld_zoo.distillation.maps import FeatureMap, count_cells
 
 CNNS = ["resnet18", "convnext_atto", "efficientnet_b0", "mobilenetv3_small_100", "regnetx_002"]
 
@@ -73,7 +73,7 @@ def test_cells_are_those_of_torchs_adaptive_pooling(height, width, grid):
     features = torch.randn(2, 64, height, width, dtype=torch.float64, requires_grad=True)
     pooled = torch.nn.functional.adaptive_avg_pool2d(features, grid).flatten(2).mT
     expected = torch.cat([features.mean((2, 3))[:, None], pooled], 1)
-    ours = heads._head_rows(model, features, grid)
+    ours = model.fc(FeatureMap(features, "NCHW").rows(grid))
     torch.testing.assert_close(ours, model.fc(expected), rtol=1e-12, atol=1e-12)
     weights = torch.randn_like(ours)
     gradients = [
@@ -117,8 +117,11 @@ def test_compiles_without_a_graph_break():
 @pytest.mark.parametrize(
     ("name", "options", "size", "message"),
     [
-        ("vit_tiny_patch16_224", {}, 224, r"gives \[2, 197, 192\].*need a map"),
-        ("swin_tiny_patch4_window7_224", {}, 224, r"gives \[2, 7, 7, 768\].*need a map"),
+        ("vit_tiny_patch16_224", {}, 224, "classifies its class token.*teacher_head: fit"),
+        ("deit_tiny_distilled_patch16_224", {}, 224, "classifies its class token"),
+        ("vit_base_patch16_siglip_224", dict(num_classes=3), 224, "average pooling"),
+        ("crossvit_tiny_240", {}, 240, "gives list.*need a map"),
+        ("pit_ti_distilled_224", {}, 224, "not those of a map line by line"),
         ("gld_resnet20", dict(num_classes=0), 32, "no classifier"),
         ("resnet18", dict(num_classes=0), 64, "no classifier"),
         ("resnet18", dict(features_only=True), 64, "features_only"),
@@ -225,7 +228,7 @@ def test_rows_of_several_grids_follow_each_other_in_the_order_given(grids):
     logits = global_local_logits(model, images, grids)
     single = [global_local_logits(model, images, grid) for grid in grids]
     expected = torch.cat([single[0][:, :1], *(rows[:, 1:] for rows in single)], 1)
-    assert logits.shape == (2, 1 + heads.count_cells(grids), 7)
+    assert logits.shape == (2, 1 + count_cells(grids), 7)
     # float32 matrix products of another size
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
 

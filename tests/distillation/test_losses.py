@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from gld_zoo import GLDLoss, logit_kl, relation
 from gld_zoo.distillation import relations
+from gld_zoo.distillation.losses import RelationLoss
 
 FORMS = pytest.mark.parametrize("linear", [True, False], ids=["linear", "plain"])
 
@@ -351,8 +352,62 @@ def test_shapes_that_do_not_fit_are_named(shapes, message):
         GLDLoss()(student, teacher, target)
 
 
+@FORMS
+@pytest.mark.parametrize(("width", "other"), [(7, 3), (3, 11), (5, 1)])
+def test_relation_of_two_widths_against_its_definition(use_form, linear, width, other):
+    use_form(linear, block_entries=64)
+    student = torch.randn(12, width, dtype=torch.float64, requires_grad=True)
+    teacher = 3 * torch.randn(12, other, dtype=torch.float64) + 1
+    ours, expected = relation(student, teacher), reference_relation(student, teacher)
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=0)
+    gradients = [torch.autograd.grad(value, student)[0] for value in (ours, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-14)
+    assert torch.autograd.gradcheck(lambda s: relation(s, teacher), student)
+
+
+@FORMS
+def test_relation_of_two_widths_is_zero_where_the_distances_are_the_same(use_form, linear):
+    use_form(linear)
+    student = torch.randn(20, 4, dtype=torch.float64)
+    into, _ = torch.linalg.qr(torch.randn(9, 4, dtype=torch.float64))  # 9 orthonormal dimensions
+    assert relation(student, 5 * student @ into.T + 2).item() == pytest.approx(0, abs=1e-15)
+
+
+def test_the_linear_form_is_chosen_by_both_widths():
+    assert relations._equal_width(64, 64) == 64
+    assert 512 < relations._equal_width(512, 1280) < 1280
+
+
+def test_relation_loss_is_its_relation_and_cross_entropy():
+    student = torch.randn(6, 5, 4, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(6, 5, 9, dtype=torch.float64)
+    head = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+    target = torch.randint(3, (6,))
+    terms = RelationLoss(20.0, ce_weight=0.5)(student, teacher, head, target)
+    assert set(terms) == {"loss", "loss_ce", "loss_relation"}
+    expected = 20 * reference_relation(student.flatten(0, 1), teacher.flatten(0, 1))
+    entropy = -head.log_softmax(-1)[torch.arange(6), target].mean() / 2
+    torch.testing.assert_close(terms["loss_relation"], expected)
+    torch.testing.assert_close(terms["loss_ce"], entropy)
+    torch.testing.assert_close(terms["loss"], expected + entropy)
+    alone = RelationLoss(20.0)(student, teacher)
+    assert set(alone) == {"loss", "loss_relation"}
+    torch.testing.assert_close(alone["loss"], expected)
+
+
+@pytest.mark.parametrize("options", [dict(beta=-1.0), dict(ce_weight=float("inf"))])
+def test_relation_loss_refuses_weights_out_of_range(options):
+    with pytest.raises(ValueError, match="must be finite and not negative"):
+        RelationLoss(**options)
+
+
+def test_relation_loss_refuses_rows_of_different_cells():
+    with pytest.raises(ValueError, match="both models need the same grid"):
+        RelationLoss()(torch.randn(2, 5, 4), torch.randn(2, 17, 4))
+
+
 def test_relation_refuses_different_shapes():
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ValueError, match="as many of each"):
         relation(torch.zeros(4, 3), torch.zeros(5, 3))
 
 

@@ -11,7 +11,7 @@ from timm.layers import Conv2dSame
 
 from gld_zoo import GlobalLocal
 from gld_zoo.distillation.folding import fold_batch_norm
-from gld_zoo.distillation.heads import Grid
+from gld_zoo.distillation.maps import Grid
 
 
 class Teacher(nn.Module):

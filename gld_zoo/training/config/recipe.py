@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Any, ClassVar, Literal
 
-from gld_zoo.distillation.heads import count_cells
+from gld_zoo.distillation.maps import count_cells
 from gld_zoo.training.config.options import Options, option
 
 PAPER_BETA, PAPER_ROWS = 500.0, 320  # of a batch of 64 images and grid 2
