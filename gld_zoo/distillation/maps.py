@@ -1,7 +1,7 @@
 """The feature map of any timm model, and its averages over the whole and over each cell.
 
-Maps come in three forms, told apart by where their D channels stand: `[B, D, H, W]` of convolutional
-networks, `[B, H, W, D]` of Swin and its kind, and tokens `[B, P+HW, D]` of vision transformers, the
+Maps come in three forms, told apart by where their D channels stand: `[B, D, H, W]` of CNNs,
+`[B, H, W, D]` of Swin and its kind, and tokens `[B, P+HW, D]` of vision transformers, the
 first P of which are class and register tokens that belong to no place.
 """
 
@@ -29,7 +29,7 @@ _checked_tokens: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 class FeatureMap:
     """What a model's `forward_head` takes, seen as a map.
 
-    `values` are `[B, D, H, W]` whatever the form, without the `prefix` tokens that come first in it.
+    `values` are `[B, D, H, W]` whatever the form, without the `prefix` tokens that come first.
     """
 
     values: torch.Tensor

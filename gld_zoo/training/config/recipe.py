@@ -28,6 +28,10 @@ class Recipe(Options):
     # what decides nothing without a teacher
     OF_A_TEACHER: ClassVar[tuple[str, ...]] = (
         "teacher",
+        "teacher_size",
+        "teacher_head",
+        "teacher_store",
+        "store_dtype",
         "grid",
         "alpha",
         "beta",
@@ -46,6 +50,26 @@ class Recipe(Options):
     teacher: str | None = option(
         None,
         "model to distil from: timm name, hf-hub:ORG/NAME or local-dir:PATH; null for labels alone",
+    )
+    teacher_size: int | Literal["own"] | None = option(
+        None,
+        "side in pixels to which the student's images are resized for the teacher; own is the "
+        "teacher's, null leaves them as they are",
+        at_least=1,
+    )
+    teacher_head: Literal["own", "fit", "none"] = option(
+        "own",
+        "what makes classes of the teacher's features: its own classifier, a linear one fitted to "
+        "the training images first, or none, where their relations alone teach",
+    )
+    teacher_store: str | None = option(
+        None,
+        "folder that keeps what the teacher answered on each of the views; auto is one for what "
+        "decides it, under GLD_ZOO_CACHE or ~/.cache/gld_zoo; null asks it at every step",
+        decides=False,
+    )
+    store_dtype: Literal["float16", "float32"] = option(
+        "float16", "type of the numbers in teacher_store"
     )
     finetune: Literal["all", "classifier"] | None = option(
         None,
@@ -71,10 +95,10 @@ class Recipe(Options):
     test_split: str | None = option(
         None, "split to measure on; null takes 'test', else 'validation'"
     )
-    test_fraction: float = option(
+    test_fraction: float | Literal["auto"] = option(
         0.0,
         "share of the training images to measure on, class by class, where there is no such split; "
-        "they are the same for every seed",
+        "they are the same for every seed; auto is a fifth if no split is there to measure on",
     )
     image_column: str | None = option(
         None, "column of images; null takes the only one, or the usual name"
@@ -135,6 +159,19 @@ class Recipe(Options):
     cutmix: float = option(
         0.0,
         "likewise for a rectangle of one image in another; with mixup, one of the two a step",
+        at_least=0,
+    )
+
+    views: int | None = option(
+        None,
+        "epochs after which the augmentation of each image repeats, so that a teacher need not be "
+        "asked again; null never repeats it",
+        at_least=1,
+    )
+    augment_seed: int | None = option(
+        None,
+        "seed of the augmentation, stated where runs of several seeds share a teacher_store; null "
+        "takes the run's",
         at_least=0,
     )
 
@@ -213,7 +250,8 @@ class Recipe(Options):
                 "between 0 and 1"
             )
         for name in ("val_fraction", "test_fraction"):
-            if not 0 <= (value := getattr(self, name)) < 1:
+            value = getattr(self, name)
+            if value != "auto" and not 0 <= value < 1:
                 raise ValueError(f"{name}={value} must be at least 0 and below 1")
         if not self.streaming:
             self.refuse("is for streaming: true alone", "train_images", "shuffle_buffer")
@@ -229,6 +267,38 @@ class Recipe(Options):
             raise ValueError(
                 "streaming cannot be combined with val_fraction, test_fraction or in_memory"
             )
+
+        self._check_views()
+        if self.teacher and self.teacher_head == "none":
+            names = ("alpha", "local_weight", "global_weight", "temperature", "standardise")
+            self.refuse("has no effect with teacher_head: none", *names, "disagreement")
+
+    def _check_views(self) -> None:
+        """Refuse what is no function of an image and its view, where something rests on that."""
+        for name in ("views", "augment_seed"):
+            if self.streaming and (value := getattr(self, name)) is not None:
+                raise ValueError(
+                    f"{name}={value} needs the images' numbers, which a stream has not; use "
+                    "streaming: false"
+                )
+        if self.views and self.views % 2 and self.flip == "alternate":
+            raise ValueError(
+                f"flip=alternate mirrors every other epoch, which views={self.views} would repeat "
+                "out of turn; use an even number of views"
+            )
+        if not (self.teacher and self.teacher_store):
+            return
+        if self.views is None:
+            raise ValueError(
+                f"teacher_store={self.teacher_store} keeps what a teacher answers on views that "
+                "come again; set views too, such as views: 4"
+            )
+        for name in ("mixup", "cutmix"):
+            if value := getattr(self, name):
+                raise ValueError(
+                    f"{name}={value} makes images anew at each step, of which teacher_store="
+                    f"{self.teacher_store} has nothing; leave one of them out"
+                )
 
     @property
     def scaled_beta(self) -> float:

@@ -29,6 +29,18 @@ class TrainBatches(Protocol):
         """Yield an epoch's batches from step `start` on, both counted from 0."""
 
 
+class NumberedBatches(TrainBatches, Protocol):
+    """Training batches that know which image is which, by its row in the training split."""
+
+    def rows(self, epoch: int, start: int = 0) -> Iterator[torch.Tensor]:
+        """Yield the rows of each batch that `epoch` yields."""
+
+    def of_view(
+        self, view: int, rows: torch.Tensor, step: int
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield rows, `step` at a time, and their images as they are augmented in a view."""
+
+
 class EvalBatches(Protocol):
     """A process's share of the images to measure on, in order, none dropped or padded."""
 
@@ -175,6 +187,34 @@ def cut_out(
     ]
     square = inside[0][:, :, None, None] & inside[1][:, None, :, None]
     return torch.where(square, colour, images)
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """From what is drawn what: the order of an epoch, and how an image looks in its view.
+
+    Args:
+        seed: Of the order, the recipe's.
+        image_seed: Of all that is drawn for an image; None takes `seed`.
+        views: Epochs after which that repeats; None for never.
+    """
+
+    seed: int
+    image_seed: int | None = None
+    views: int | None = None
+
+    def order(self, epoch: int, count: int) -> torch.Tensor:
+        """Return the order of an epoch's rows."""
+        return torch.randperm(count, generator=epoch_generator(self.seed, epoch))
+
+    def view(self, epoch: int) -> int:
+        """Return the view that an epoch shows."""
+        return epoch % self.views if self.views else epoch
+
+    @property
+    def of_images(self) -> int:
+        """The seed of all that is drawn for an image."""
+        return self.seed if self.image_seed is None else self.image_seed
 
 
 def mirrored_first(seed: int, row: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -11,27 +12,27 @@ from torch.utils.data import DataLoader, Dataset
 from gld_zoo.training.common.errors import DataError
 from gld_zoo.training.common.signals import end_workers_at_exit, ignore_signals
 from gld_zoo.training.data.batches import (
+    Drawing,
     Normalize,
     Share,
     derive_seed,
-    epoch_generator,
     mirrored_first,
 )
 
-Key = tuple[int, int]  # epoch and row
+Key = tuple[int, int]  # view, which is the epoch where none comes again, and row
 Sample = tuple[Any, ...]
 Collate = Callable[[list[Sample]], Any]
 ToDevice = Callable[[Any], tuple[Any, ...]]
 
 
 class KeyedExamples(Dataset):
-    """Rows read, decoded and transformed by (epoch, row), each under a seed of its own.
+    """Rows read, decoded and transformed by (view, row), each under a seed of its own.
 
     Args:
         rows: A split: `table`, and `example(row, item)`, which returns what the transform takes.
         transform: Maps an example to a sample.
-        seed: The recipe's seed.
-        alternate: Mirror the image, a sample's first part, every other epoch.
+        seed: Of all that is drawn for an image.
+        alternate: Mirror the image, a sample's first part, every other view.
     """
 
     def __init__(
@@ -54,14 +55,14 @@ class KeyedExamples(Dataset):
         ]
         return [self._sample(*key, item) for key, item in zip(keys, items, strict=True)]
 
-    def _sample(self, epoch: int, row: int, item: dict[str, Any]) -> Sample | DataError:
+    def _sample(self, view: int, row: int, item: dict[str, Any]) -> Sample | DataError:
         try:
             example = self.rows.example(row, item)
         except DataError as error:
             return error
         try:
-            sample = transform_under(self.transform, example, derive_seed(self.seed, epoch, row))
-            if self.alternate and mirrored_first(self.seed, row) ^ bool(epoch % 2):
+            sample = transform_under(self.transform, example, derive_seed(self.seed, view, row))
+            if self.alternate and mirrored_first(self.seed, row) ^ bool(view % 2):
                 return sample[0].flip(-1), *sample[1:]
             return sample
         except (RuntimeError, ValueError) as error:  # as of an image of 3x2000, made 0 pixels high
@@ -74,15 +75,15 @@ class KeyedBatches:
     """Training batches of keyed examples.
 
     The epoch's order is a permutation drawn from (seed, epoch), as on the tensor path; the
-    transform of row i draws from a generator seeded by (seed, epoch, i). Neither depends on the
-    number of workers or processes, or on where a run was resumed.
+    transform of row i draws from a generator seeded by (seed, epoch, i), or of a view by (seed,
+    view, i). Neither depends on the number of workers or processes, or on where a run was resumed.
 
     Args:
         examples: The training split's.
         collate: Makes a batch of samples.
         to_device: Moves a batch to its device, as the trainer takes it.
         batch_size: Examples a step over all processes.
-        seed: The recipe's seed.
+        drawing: What the order is drawn from, and which view an epoch shows.
         share: This process's part.
         workers: Processes that read and transform; 0 does it in this one.
         pin: Whether the batches go to a GPU.
@@ -99,7 +100,7 @@ class KeyedBatches:
         to_device: ToDevice,
         *,
         batch_size: int,
-        seed: int,
+        drawing: Drawing,
         share: Share,
         workers: int,
         pin: bool,
@@ -110,8 +111,10 @@ class KeyedBatches:
                 f"the training split has {self.count} images, fewer than batch_size={batch_size}"
             )
         self.to_device = to_device
-        self.order = _Order(self.count, batch_size, seed, share)
-        self.loader = build_loader(examples, collate, workers, pin=pin, batch_sampler=self.order)
+        self.order = _Order(self.count, batch_size, drawing, share)
+        self.reading = functools.partial(build_loader, examples, collate, pin=pin)
+        self.workers = workers
+        self.loader = self.reading(workers, batch_sampler=self.order)
 
     def __len__(self) -> int:
         """Return the steps of an epoch."""
@@ -121,6 +124,21 @@ class KeyedBatches:
         """Yield an epoch's batches from step `start` on, both counted from 0."""
         self.order.epoch, self.order.start = epoch, start
         return on_device(self.loader, self.to_device)
+
+    def rows(self, epoch: int, start: int = 0) -> Iterator[torch.Tensor]:
+        """Yield the rows of each batch that `epoch` yields."""
+        return self.order.rows(epoch, start)
+
+    def of_view(
+        self, view: int, rows: torch.Tensor, step: int
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield rows, `step` at a time, and their images as they are augmented in a view."""
+        parts = rows.cpu().split(step)
+        keys = [[(view, row) for row in part.tolist()] for part in parts]
+        workers = self.workers if len(parts) > self.workers else 0  # to start them takes longer
+        loader = self.reading(workers, batch_sampler=keys, persistent=False)
+        for part, (images, *_) in zip(parts, on_device(loader, self.to_device), strict=True):
+            yield part, images
 
 
 class KeyedEval:
@@ -162,19 +180,23 @@ class KeyedEval:
 class _Order:
     """The rows of each of an epoch's batches, of which this process takes its share."""
 
-    def __init__(self, count: int, batch_size: int, seed: int, share: Share) -> None:
-        self.count, self.batch_size, self.seed, self.share = count, batch_size, seed, share
+    def __init__(self, count: int, batch_size: int, drawing: Drawing, share: Share) -> None:
+        self.count, self.batch_size, self.drawing, self.share = count, batch_size, drawing, share
         self.steps = count // batch_size
         self.epoch = self.start = 0
 
     def __len__(self) -> int:
         return self.steps - self.start
 
-    def __iter__(self) -> Iterator[list[Key]]:
-        order = torch.randperm(self.count, generator=epoch_generator(self.seed, self.epoch))
+    def rows(self, epoch: int, start: int) -> Iterator[torch.Tensor]:
+        order = self.drawing.order(epoch, self.count)
         batches = order[: self.steps * self.batch_size].split(self.batch_size)
-        for rows in map(self.share.of, batches[self.start :]):
-            yield [(self.epoch, row) for row in rows.tolist()]
+        return map(self.share.of, batches[start:])
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        view = self.drawing.view(self.epoch)
+        for rows in self.rows(self.epoch, self.start):
+            yield [(view, row) for row in rows.tolist()]
 
 
 def transform_under(

@@ -13,6 +13,7 @@ from gld_zoo.training.common.errors import DataError
 from gld_zoo.training.config.recipe import Recipe
 from gld_zoo.training.data.batches import (
     Data,
+    Drawing,
     EvalBatches,
     Normalize,
     Share,
@@ -121,21 +122,24 @@ def train_batches(
         DataError: If the split is smaller than a batch, or a label or an image cannot be used.
     """
     transforms = training_transforms(recipe, config, normalize)
-    options: dict[str, Any] = dict(batch_size=recipe.batch_size, seed=recipe.seed, share=share)
+    drawing = Drawing(recipe.seed, recipe.augment_seed, recipe.views)
+    options: dict[str, Any] = dict(batch_size=recipe.batch_size, share=share)
     if in_memory:
         images = decode(rows, transforms.fit(), transforms.size, recipe.crop_padding)
         crops: dict[str, Any] = dict(crop_padding=recipe.crop_padding, flip=recipe.flip)
-        return MemoryBatches(images, normalize, cutout=recipe.cutout, **crops, **options)
+        crops.update(cutout=recipe.cutout, drawing=drawing)
+        return MemoryBatches(images, normalize, **crops, **options)
     options["workers"] = recipe.workers
     if recipe.streaming:
-        options.update(count=recipe.train_images, buffer=recipe.shuffle_buffer)
+        options.update(count=recipe.train_images, buffer=recipe.shuffle_buffer, seed=recipe.seed)
         return StreamBatches(rows, transforms.training(), normalize, **options)
     rows.labels()  # all in range, or an error
     alternate = recipe.flip == "alternate"
     return KeyedBatches(
-        KeyedExamples(rows, transforms.training(), recipe.seed, alternate=alternate),
+        KeyedExamples(rows, transforms.training(), drawing.of_images, alternate=alternate),
         stack,
         PixelsToDevice(normalize),
+        drawing=drawing,
         pin=normalize.device.type == "cuda",
         **options,
     )

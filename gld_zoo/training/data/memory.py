@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torchvision.transforms import v2
@@ -13,6 +13,7 @@ from torchvision.transforms import v2
 from gld_zoo.training.common.errors import DataError
 from gld_zoo.training.data.batches import (
     Batch,
+    Drawing,
     Normalize,
     Share,
     cut_out,
@@ -64,12 +65,20 @@ def decode(rows: Rows, transform: v2.Transform, size: int, padding: int = 0) -> 
     return Split(images, labels)
 
 
+class _Drawn(NamedTuple):
+    """The top left corners of all crops `[2, N]`, who is mirrored `[N]`, the holes' centres."""
+
+    corners: torch.Tensor
+    flips: torch.Tensor
+    holes: torch.Tensor
+
+
 class MemoryBatches:
     """Augmented, normalised batches of a decoded split.
 
     The epoch's order is a permutation drawn from (seed, epoch); crop, flip and cutout of image i
-    are the i-th draw from (seed, epoch). Process r takes rows r::W of each global batch; the last,
-    incomplete one is dropped.
+    are the i-th draw from (seed, epoch), or of a view from (seed, view). Process r takes rows r::W
+    of each global batch; the last, incomplete one is dropped.
 
     Args:
         split: Decoded images, with a border for the random crop.
@@ -78,7 +87,7 @@ class MemoryBatches:
         crop_padding: Width of that border in pixels.
         flip: Mirror half of the images, or 'alternate' for each image every other epoch.
         cutout: Side in pixels of a square in the mean colour; 0 for none.
-        seed: The recipe's seed.
+        drawing: What the order and the augmentation are drawn from.
         share: This process's part.
 
     Raises:
@@ -93,7 +102,7 @@ class MemoryBatches:
         batch_size: int,
         crop_padding: int,
         flip: bool | str,
-        seed: int,
+        drawing: Drawing,
         share: Share,
         cutout: int = 0,
     ) -> None:
@@ -110,9 +119,10 @@ class MemoryBatches:
         self.crop_padding = crop_padding
         self.flip = flip
         self.cutout = cutout
-        self.seed = seed
+        self.drawing = drawing
         self.share = share
         if flip == "alternate":
+            seed = drawing.of_images
             self.first = torch.tensor([mirrored_first(seed, row) for row in range(self.count)])
 
     def __len__(self) -> int:
@@ -121,26 +131,43 @@ class MemoryBatches:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield images `[B, 3, S, S]` in channels-last layout and labels `[B]` of one epoch."""
+        drawn = self._draw(self.drawing.view(epoch))
+        for rows in self.rows(epoch, start):
+            yield self._images(rows, drawn), self.labels[rows]
+
+    def rows(self, epoch: int, start: int = 0) -> Iterator[torch.Tensor]:
+        """Yield the rows of each batch that `epoch` yields."""
+        order = self.drawing.order(epoch, self.count).to(self.images.device)
+        batches = order[: len(self) * self.batch_size].split(self.batch_size)
+        yield from map(self.share.of, batches[start:])
+
+    def of_view(
+        self, view: int, rows: torch.Tensor, step: int
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield rows, `step` at a time, and their images as they are augmented in a view."""
+        drawn = self._draw(view)
+        for part in rows.to(self.images.device).split(step):
+            yield part, self._images(part, drawn)
+
+    def _draw(self, view: int) -> _Drawn:
+        """Draw how each image of the split is cropped, mirrored and cut out of in a view."""
         device = self.images.device
-        generator = epoch_generator(self.seed, epoch)
-        order = torch.randperm(self.count, generator=generator).to(device)
+        generator = epoch_generator(self.drawing.of_images, view)
+        torch.randperm(self.count, generator=generator)  # the first draw is the order's
         shape = (2, self.count)
-        tops, lefts = torch.randint(2 * self.crop_padding + 1, shape, generator=generator).to(
-            device
-        )
+        corners = torch.randint(2 * self.crop_padding + 1, shape, generator=generator)
         flips = torch.rand(self.count, generator=generator) < 0.5
         if self.flip == "alternate":
-            flips = self.first ^ bool(epoch % 2)
-        flips = flips.to(device) & bool(self.flip)
-        holes = torch.randint(self.size, shape, generator=generator).to(device)
-        hole_rows, hole_columns = holes
-        batches = order[: len(self) * self.batch_size].split(self.batch_size)
-        for rows in map(self.share.of, batches[start:]):
-            pixels = self.crop(rows, tops, lefts, flips)
-            if self.cutout:
-                centres = hole_rows[rows], hole_columns[rows]
-                pixels = cut_out(pixels, *centres, self.cutout, self.normalize.mean_pixel)
-            yield self.normalize(pixels), self.labels[rows]
+            flips = self.first ^ bool(view % 2)
+        holes = torch.randint(self.size, shape, generator=generator)
+        return _Drawn(corners.to(device), flips.to(device) & bool(self.flip), holes.to(device))
+
+    def _images(self, rows: torch.Tensor, drawn: _Drawn) -> torch.Tensor:
+        pixels = self.crop(rows, *drawn.corners, drawn.flips)
+        if self.cutout:
+            centres = drawn.holes[:, rows]
+            pixels = cut_out(pixels, *centres, self.cutout, self.normalize.mean_pixel)
+        return self.normalize(pixels)
 
     def crop(
         self, rows: torch.Tensor, tops: torch.Tensor, lefts: torch.Tensor, flips: torch.Tensor

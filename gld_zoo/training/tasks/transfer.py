@@ -14,7 +14,7 @@ from timm.models import get_pretrained_cfg
 from gld_zoo.training.build.sync_batch_norm import synchronise_batch_norm
 from gld_zoo.training.common.errors import ModelError
 from gld_zoo.training.config.options import Options, option
-from gld_zoo.training.data.batches import Data, Share, derive_seed
+from gld_zoo.training.data.batches import Data, Drawing, Share, derive_seed
 from gld_zoo.training.data.keyed import Collate, KeyedBatches, KeyedEval, KeyedExamples, ToDevice
 from gld_zoo.training.engine.task import Task
 
@@ -105,7 +105,7 @@ class TransferTask(Task):
                 train_collate,
                 to_device,
                 batch_size=recipe.batch_size,
-                seed=recipe.seed,
+                drawing=Drawing(recipe.seed),
                 **options,
             ),
             KeyedEval(test, test_collate, to_device, batch_size=recipe.eval_batch_size, **options),

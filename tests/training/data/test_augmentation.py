@@ -10,7 +10,14 @@ import torch.nn.functional as F
 
 from gld_zoo.training.common.errors import DataError
 from gld_zoo.training.config.recipe import Recipe
-from gld_zoo.training.data.batches import Normalize, Share, Transforms, cut_out, mirrored_first
+from gld_zoo.training.data.batches import (
+    Drawing,
+    Normalize,
+    Share,
+    Transforms,
+    cut_out,
+    mirrored_first,
+)
 from gld_zoo.training.data.keyed import KeyedBatches
 from gld_zoo.training.data.loaders import load_data
 from gld_zoo.training.data.memory import MemoryBatches, Split
@@ -32,7 +39,8 @@ def numbered(count=COUNT, size=32):
 
 def batches_of(split, normalize=PIXELS, **options):
     defaults = dict(batch_size=8, crop_padding=0, flip=False, seed=3, share=ALONE)
-    return MemoryBatches(split, normalize, **{**defaults, **options})
+    options = {**defaults, **options}
+    return MemoryBatches(split, normalize, drawing=Drawing(options.pop("seed")), **options)
 
 
 def mixed(mixup=0.0, cutmix=0.0, batch_size=8, seed=3, share=ALONE):

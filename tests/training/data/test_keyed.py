@@ -13,7 +13,7 @@ from PIL import Image as PILImage
 from torchvision.transforms import v2
 
 from gld_zoo.training.common.errors import DataError
-from gld_zoo.training.data.batches import Normalize, Share, Transforms, measuring_transform
+from gld_zoo.training.data.batches import Drawing, Normalize, Share, Transforms, measuring_transform
 from gld_zoo.training.data.keyed import (
     KeyedBatches,
     KeyedExamples,
@@ -38,8 +38,10 @@ def source(tiny_dataset):
 
 def batches_of(source, **options):
     options = {**dict(batch_size=16, seed=3, share=Share(), workers=0, pin=False), **options}
-    examples = KeyedExamples(source.train, TRANSFORMS.training(), options["seed"])
-    return KeyedBatches(examples, stack, PixelsToDevice(NORMALIZE), **options)
+    drawing = options.pop("drawing", None) or Drawing(options["seed"])
+    del options["seed"]
+    examples = KeyedExamples(source.train, TRANSFORMS.training(), drawing.of_images)
+    return KeyedBatches(examples, stack, PixelsToDevice(NORMALIZE), drawing=drawing, **options)
 
 
 def collect(batches):

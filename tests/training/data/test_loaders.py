@@ -12,8 +12,8 @@ from PIL import Image as PILImage
 
 from gld_zoo.training.common.errors import DataError
 from gld_zoo.training.config.recipe import Recipe
-from gld_zoo.training.data.batches import Normalize, Share, Transforms, derive_seed
-from gld_zoo.training.data.loaders import fits_in_memory
+from gld_zoo.training.data.batches import Drawing, Normalize, Share, Transforms, derive_seed
+from gld_zoo.training.data.loaders import fits_in_memory, load_data
 from gld_zoo.training.data.memory import MemoryBatches, MemoryEval, Split, decode
 from gld_zoo.training.data.sources import ImageSource
 from helpers import BUNDLED, FEATURES, write_dataset
@@ -38,6 +38,7 @@ def bordered(split, padding):
 def batches_of(split, **options):
     defaults = dict(batch_size=8, crop_padding=4, flip=True, seed=3, share=Share())
     options = {**defaults, **options}
+    options = {"drawing": Drawing(options.pop("seed")), **options}
     return MemoryBatches(bordered(split, options["crop_padding"]), NORMALIZE, **options)
 
 
@@ -297,7 +298,7 @@ def test_every_offset_is_drawn_and_half_are_mirrored():
         batch_size=count,
         crop_padding=padding,
         flip=True,
-        seed=0,
+        drawing=Drawing(0),
         share=Share(),
     )
     ((images, _),) = batches.epoch(0)
@@ -365,3 +366,35 @@ def test_seeds_differ_in_every_part():
     seeds = {derive_seed(*parts) for parts in [(0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0)]}
     assert len(seeds) == 6
     assert all(0 <= seed < 2**32 for seed in seeds)
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_views_come_again_in_another_order(tiny_dataset, in_memory):
+    """The images of epoch V are those of epoch 0, of whoever asks, in the order of epoch V."""
+    options = dict(student="gld_wrn16_1", dataset=str(tiny_dataset), batch_size=16, workers=0)
+    options |= dict(in_memory=None) if in_memory else dict(in_memory=False)
+    config = dict(mean=(0.5,) * 3, std=(0.25,) * 3, input_size=(3, 32, 32), crop_mode="center")
+    config |= dict(interpolation="bilinear", crop_pct=1.0)
+    source = ImageSource(str(tiny_dataset))
+
+    def load(**more):
+        return load_data(source, Recipe(**options, **more), config, CPU, Share()).train
+
+    def shown(batches, epoch):
+        rows = torch.cat(list(batches.rows(epoch)))
+        images = torch.cat([images for images, _ in batches.epoch(epoch)])
+        return rows, images[rows.argsort()]
+
+    fresh, again = load(seed=3), load(seed=3, views=2)
+    for epoch in range(4):
+        rows, images = shown(again, epoch)
+        assert torch.equal(rows, shown(fresh, epoch)[0])  # the order does not come again
+        assert torch.equal(images, shown(fresh, epoch % 2)[1])
+    assert not torch.equal(shown(fresh, 2)[1], shown(fresh, 0)[1])
+    other = load(seed=4, views=2, augment_seed=3)
+    assert torch.equal(shown(other, 3)[1], shown(again, 1)[1])
+    assert not torch.equal(shown(other, 3)[0], shown(again, 1)[0])
+    wanted = torch.tensor([5, 3, 60])
+    parts = list(again.of_view(1, wanted, 2))
+    assert torch.equal(torch.cat([rows for rows, _ in parts]), wanted)
+    assert torch.equal(torch.cat([images for _, images in parts]), shown(again, 3)[1][wanted])
