@@ -50,6 +50,10 @@ class FeatureMap:
             return rows[:, None, None, :]
         return F.pad(rows[:, None], (0, 0, self.prefix, 0))
 
+    def described(self) -> FeatureMap:
+        """Return a map of the same form and size without its values."""
+        return FeatureMap(torch.empty(self.values.shape, device="meta"), self.form, self.prefix)
+
     def to(self, dtype: torch.dtype) -> FeatureMap:
         """Return the map in another type."""
         return FeatureMap(self.values.to(dtype), self.form, self.prefix)

@@ -19,12 +19,8 @@ def check_class_names(model: Any, label_names: Sequence[str], title: str) -> Non
     Raises:
         ModelError: If their numbers differ, or a class that both name is at another place.
     """
-    classes, names = len(label_names), names_of(model, label_names)
-    if model.num_classes != classes:
-        raise ModelError(
-            f"{title} has {model.num_classes} classes and the dataset {classes}; "
-            "use one trained on this dataset (teacher: null trains one, local-dir:RUN/last is it)"
-        )
+    names = names_of(model, label_names)
+    _check_count(model, label_names, title, "use one trained on this dataset")
     if names and names != list(label_names) and sorted(names) == sorted(label_names):
         place = next(i for i, name in enumerate(names) if name != label_names[i])
         raise ModelError(
@@ -38,6 +34,44 @@ def check_class_names(model: Any, label_names: Sequence[str], title: str) -> Non
             f"{title} has some of the dataset's classes at other places: class {here} is "
             f"{names[here]!r} to it, and class {there} {label_names[there]!r} to the dataset; give "
             "the dataset its classes and their order, or train it on this one"
+        )
+
+
+def match_classes(model: Any, label_names: Sequence[str], title: str) -> list[int] | None:
+    """Return at which of a teacher's places each of a dataset's classes stands; None if at its own.
+
+    They are matched by name, where both have names.
+
+    Args:
+        model: One of timm's.
+        label_names: The dataset's classes in order.
+        title: What the error calls the model.
+
+    Raises:
+        ModelError: If their numbers differ, or some of the classes alone are known by name to both,
+            and stand at other places.
+    """
+    _check_count(
+        model,
+        label_names,
+        title,
+        "fit a classifier to its features (teacher_head: fit), let their relations alone teach "
+        "(teacher_head: none), or use one trained on this dataset",
+    )
+    theirs = [_plain(name) for name in names_of(model, label_names) or ()]
+    ours = [_plain(name) for name in label_names]
+    if len(set(ours)) == len(ours) and sorted(theirs) == sorted(ours):
+        places = [theirs.index(name) for name in ours]
+        return None if places == list(range(len(ours))) else places
+    check_class_names(model, label_names, title)
+    return None
+
+
+def _check_count(model: Any, label_names: Sequence[str], title: str, remedy: str) -> None:
+    if model.num_classes != len(label_names):
+        raise ModelError(
+            f"{title} has {model.num_classes} classes and the dataset {len(label_names)}; {remedy} "
+            "(teacher: null trains one, local-dir:RUN/last is it)"
         )
 
 

@@ -14,12 +14,15 @@ from gld_zoo.training.common.errors import ModelError
 
 
 @contextlib.contextmanager
-def refusals(name: str, size: int) -> Iterator[None]:
+def refusals(
+    name: str, size: int, remedy: str = "choose another, or another image_size"
+) -> Iterator[None]:
     """Without gradients, turn what a model refuses of square images into a `ModelError`.
 
     Args:
         name: What the error calls the model.
         size: Side of the images in pixels.
+        remedy: What the error advises.
 
     Raises:
         ModelError: If it refuses.
@@ -30,10 +33,7 @@ def refusals(name: str, size: int) -> Iterator[None]:
     except torch.OutOfMemoryError:  # which is no fault of the size
         raise
     except (ValueError, RuntimeError, AssertionError) as error:
-        raise ModelError(
-            f"{name} cannot take {size}x{size} images: {error}; choose another, or another "
-            "image_size"
-        ) from error
+        raise ModelError(f"{name} cannot take {size}x{size} images: {error}; {remedy}") from error
 
 
 def check_lone_image(

@@ -9,8 +9,10 @@ import torch
 import torch._inductor.config
 import torch.nn as nn
 from accelerate import Accelerator
+from timm.data import resolve_model_data_config
 
 from gld_zoo import GlobalLocal
+from gld_zoo.training.build.class_names import match_classes
 from gld_zoo.training.build.create import (
     GlobalOnly,
     create_frozen,
@@ -18,6 +20,7 @@ from gld_zoo.training.build.create import (
     enable_grad_checkpointing,
     resolve_data_config,
     set_training_mode,
+    take_size,
     weights_sha256,
 )
 from gld_zoo.training.build.refusals import check_lone_image, refusals
@@ -70,11 +73,7 @@ def build_models(recipe: Recipe, label_names: Sequence[str], accelerator: Accele
     _check_batch(recipe, network, images[:1], accelerator.num_processes)
     teacher, sha256 = None, None
     if recipe.teacher:
-        model = create_frozen(recipe.teacher, device, label_names=label_names, role="teacher")
-        sha256 = weights_sha256(model)  # before its batch norm is folded
-        with refusals(f"teacher {recipe.teacher!r}", size):
-            teacher = Teacher(model, recipe.grid, config["mean"], config["std"])
-            teacher(images)
+        teacher, sha256 = _build_teacher(recipe, label_names, config, images)
     if recipe.compile:
         # CUDA graphs: small models are bound by the launches of their kernels
         mode = "reduce-overhead" if device.type == "cuda" else None
@@ -84,6 +83,37 @@ def build_models(recipe: Recipe, label_names: Sequence[str], accelerator: Accele
         if teacher:
             teacher.compile(mode=mode)
     return Models(student, teacher, network, config, sha256)
+
+
+def _build_teacher(
+    recipe: Recipe, label_names: Sequence[str], config: dict[str, Any], images: torch.Tensor
+) -> tuple[Teacher, str]:
+    """Return a recipe's teacher, which takes the student's images, and the hash of its weights."""
+    title = f"teacher {recipe.teacher!r}"
+    model: Any = create_frozen(str(recipe.teacher), images.device, role="teacher")
+    sha256 = weights_sha256(model)  # before its batch norm is folded
+    own = recipe.teacher_head == "own"
+    columns = match_classes(model, label_names, title) if own else None
+    size = recipe.teacher_size
+    if size == "own":
+        size = resolve_model_data_config(model)["input_size"][-1]
+    seen = size or images.shape[-1]
+    take_size(model, seen)
+    remedy = "choose another, or another teacher_size (own is its own)"
+    with refusals(title, seen, remedy):
+        teacher = Teacher(
+            model,
+            recipe.grid,
+            config["mean"],
+            config["std"],
+            size=size,
+            head=recipe.teacher_head,
+            columns=columns,
+        )
+        rows = teacher.features(images)
+        if own:
+            teacher.classify_rows(rows)
+    return teacher, sha256
 
 
 def _check_batch(recipe: Recipe, network: nn.Module, image: torch.Tensor, processes: int) -> None:

@@ -1,51 +1,95 @@
-"""A frozen teacher as the student's images reach it."""
+"""A frozen teacher as the student's images reach it, and what the student learns from it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from timm.data import resolve_model_data_config
 from timm.layers import Conv2dSame
 
-from gld_zoo import GlobalLocal
 from gld_zoo.distillation.folding import fold_batch_norm
-from gld_zoo.distillation.maps import Grid
+from gld_zoo.distillation.heads import check_classifier, check_head, classify_rows, head_dtype
+from gld_zoo.distillation.maps import FeatureMap, Grid, feature_map
+
+FILTERS = ("bilinear", "bicubic")  # that torch resizes tensors by, antialiased
 
 
 class Teacher(nn.Module):
-    """A frozen teacher: the student's images to its logits.
+    """A frozen teacher: the student's images to its rows, global row first.
 
-    The images are renormalised from the student's mean and std to the teacher's own. Batch norm is
-    folded into the convolutions before it where the model is one of this package's.
+    The images are resized and renormalised from the student's mean and std to the teacher's own.
+    Batch norm is folded into the convolutions before it where the model is one of this package's.
+    Rows are features averaged over the map's cells, then classified by `head`.
 
     Args:
         model: The teacher, in eval mode.
         grid: Cells along each side of its feature map, or several such numbers; None for a model
-            that is to `classify` alone, which then need not have local logits.
+            that is to `classify` alone, which then need not have a map.
         mean, std: With which the images were normalised.
+        size: Side in pixels to which the images are resized; None leaves them as they are.
+        head: 'own' for the model's classifier, 'fit' for one that `set_head` brings, 'none' for
+            rows of features.
+        columns: For each class of the dataset, its place among the model's own.
+
+    Source: GLD (ICCV 2021), section 3, for the local logits and the classifier that is fitted to
+    frozen features; the head of any model and the resizing are ours.
     """
 
     def __init__(
-        self, model: nn.Module, grid: Grid | None, mean: tuple[float, ...], std: tuple[float, ...]
+        self,
+        model: nn.Module,
+        grid: Grid | None,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        *,
+        size: int | None = None,
+        head: str = "own",
+        columns: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
+        if head == "own" and grid is not None:
+            check_classifier(model)
         self.model = fold_batch_norm(model).to(memory_format=torch.channels_last)
-        self.logits = self.model if grid is None else GlobalLocal(self.model, grid)
+        self.size, self.kind = size, head
         config = resolve_model_data_config(model)
+        self.filter = config["interpolation"]
+        if self.filter not in FILTERS:
+            self.filter = FILTERS[0]
         device = next(model.parameters()).device
-        statistics = (config["mean"], config["std"], mean, std)
-        own_mean, own_std, their_mean, their_std = torch.tensor(statistics, device=device)[
+        self.statistics = (config["mean"], config["std"], mean, std)
+        own_mean, own_std, their_mean, their_std = torch.tensor(self.statistics, device=device)[
             ..., None, None
         ]
         self.same = torch.equal(own_mean, their_mean) and torch.equal(own_std, their_std)
         self.scale = nn.Buffer(their_std / own_std, persistent=False)
         self.shift = nn.Buffer((their_mean - own_mean) / own_std, persistent=False)
+        self.columns = None if columns is None else torch.tensor(columns, device=device)
+        self.fitted: nn.Module | None = None
+        self.rows = None if grid is None else _Rows(self.model, grid, head)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile what computes the features; the head is small."""
+        if self.rows is not None:
+            self.rows.compile(*args, **kwargs)
 
     def train(self, mode: bool = True) -> Teacher:
         """Stay in eval mode."""
         return super().train(False)
+
+    def set_head(self, head: nn.Module) -> None:
+        """Classify by a head `[..., D] -> [..., K]` that was fitted to the features."""
+        self.fitted = head
+
+    @property
+    def layout(self) -> FeatureMap:
+        """The form and the size of the map, as the first images showed them."""
+        assert self.rows is not None
+        assert self.rows.layout is not None
+        return self.rows.layout
 
     @torch.no_grad()
     def keep_in(self, dtype: torch.dtype | None) -> None:
@@ -60,7 +104,6 @@ class Teacher(nn.Module):
         if dtype is None:
             return
         model: Any = self.model
-        width = model.num_features
         in_head: set[nn.Module] = set()
 
         def note(module: nn.Module, *_: Any) -> None:
@@ -68,7 +111,7 @@ class Teacher(nn.Module):
 
         hooks = [module.register_forward_pre_hook(note) for module in model.modules()]
         parameter = next(model.parameters())
-        model.forward_head(parameter.new_zeros(1, width, 1, 1))
+        model.forward_head(self.layout.of_one_place(parameter.new_zeros(1, model.num_features)))
         for hook in hooks:
             hook.remove()
         for module in model.modules():
@@ -78,14 +121,69 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def classify(self, images: torch.Tensor) -> torch.Tensor:
-        """Map the student's images to the teacher's logits `[B, K]`."""
-        return self.model(self.renormalize(images))
+        """Map the student's images to the model's own logits `[B, K]`."""
+        return self._in_order(self.model(self.prepare(images)))
 
-    def renormalize(self, images: torch.Tensor) -> torch.Tensor:
-        """Map the student's normalised images to the teacher's."""
+    def prepare(self, images: torch.Tensor) -> torch.Tensor:
+        """Map the student's normalised images to the teacher's, in size and scale."""
+        if self.size is not None and self.size != images.shape[-1]:
+            images = F.interpolate(
+                images, (self.size, self.size), mode=self.filter, antialias=True
+            ).contiguous(memory_format=torch.channels_last)
         return images if self.same else torch.addcmul(self.shift, images, self.scale)
 
     @torch.no_grad()
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """Map the student's images `[B, 3, H, W]` to features `[B, 1+L, D]`, in float32."""
+        assert self.rows is not None
+        return self.rows(self.prepare(images))
+
+    @torch.no_grad()
+    def classify_rows(self, features: torch.Tensor) -> torch.Tensor:
+        """Map features `[B, R, D]` to the rows that teach: logits `[B, R, K]`, or themselves."""
+        if self.kind == "none":
+            return features
+        with torch.autocast(features.device.type, enabled=False):
+            if self.kind == "fit":
+                assert self.fitted is not None
+                return self.fitted(features)
+            rows = features.to(head_dtype(self.model))
+            return self._in_order(classify_rows(self.model, rows, self.layout))
+
+    @torch.no_grad()
+    def head_is_affine(self) -> bool:
+        """Tell whether the mean of rows is classified as the mean of their logits."""
+        if self.kind != "own":
+            return True
+        generator = torch.Generator().manual_seed(0)
+        width = self.layout.values.shape[1]
+        noise = torch.randn((1, 4, width), generator=generator).to(self.shift.device)
+        each, mean = self.classify_rows(noise), self.classify_rows(noise.mean(1, keepdim=True))
+        return bool((each.mean(1) - mean[:, 0]).abs().max() <= 1e-5 * each.abs().max())
+
+    def _in_order(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits if self.columns is None else logits[..., self.columns]
+
+    @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Map the student's images `[B, 3, H, W]` to logits `[B, 1+L, K]`, the local ones last."""
-        return self.logits(self.renormalize(images))
+        """Map the student's images `[B, 3, H, W]` to rows `[B, 1+L, K]`, the local ones last."""
+        return self.classify_rows(self.features(images))
+
+
+class _Rows(nn.Module):
+    """The teacher's images to its features `[B, 1+L, D]`, in the type that its weights had."""
+
+    def __init__(self, model: nn.Module, grid: Grid, head: str) -> None:
+        super().__init__()
+        self.model, self.grid, self.head = model, grid, head
+        self.dtype = next(model.parameters()).dtype
+        self.layout: FeatureMap | None = None
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        found = feature_map(self.model, images, self.grid)
+        if not torch.compiler.is_compiling():
+            if self.head == "own":
+                check_head(self.model, found)
+            self.layout = found.described()
+        with torch.autocast(images.device.type, enabled=False):
+            return found.to(self.dtype).rows(self.grid)

@@ -5,7 +5,7 @@
 
 The pooled features of every image, prepared as the model's cfg says, and of its mirror image for
 training, are computed once, in float32. On them multinomial logistic regression is fitted to its
-optimum by L-BFGS, so that no schedule has a say. The L2 penalty is the best of a few on a tenth of
+optimum by L-BFGS, so that no schedule has a say. The L2 penalty is the best of seven on a tenth of
 the training images, held out class by class; then all of them are used, and the test split is read
 once.
 """

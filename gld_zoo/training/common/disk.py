@@ -113,4 +113,8 @@ def flush(path: Path) -> None:
 
 def sha256(path: Path) -> str:
     """Return the hash of a file's content."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()

@@ -27,6 +27,10 @@ class DiskError(TrainingError, RuntimeError):
     """Something could not be written or read; the message names it and the reason."""
 
 
+class StoreError(TrainingError, ValueError):
+    """A teacher's store is not what the recipe needs; the message names it and the remedy."""
+
+
 class HeldError(RuntimeError):
     """Another process holds a lock; the message says which."""
 

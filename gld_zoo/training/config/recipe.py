@@ -286,7 +286,7 @@ class Recipe(Options):
                 f"flip=alternate mirrors every other epoch, which views={self.views} would repeat "
                 "out of turn; use an even number of views"
             )
-        if not (self.teacher and self.teacher_store):
+        if not self.keeps_answers:
             return
         if self.views is None:
             raise ValueError(
@@ -299,6 +299,11 @@ class Recipe(Options):
                     f"{name}={value} makes images anew at each step, of which teacher_store="
                     f"{self.teacher_store} has nothing; leave one of them out"
                 )
+
+    @property
+    def keeps_answers(self) -> bool:
+        """Whether what the teacher answers is kept."""
+        return bool(self.teacher and self.teacher_store)
 
     @property
     def scaled_beta(self) -> float:

@@ -25,7 +25,7 @@ class TrainBatches(Protocol):
     def __len__(self) -> int:
         """Return the steps of an epoch."""
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[torch.Tensor, ...]]:
         """Yield an epoch's batches from step `start` on, both counted from 0."""
 
 
@@ -33,12 +33,30 @@ class NumberedBatches(TrainBatches, Protocol):
     """Training batches that know which image is which, by its row in the training split."""
 
     def rows(self, epoch: int, start: int = 0) -> Iterator[torch.Tensor]:
-        """Yield the rows of each batch that `epoch` yields."""
+        """Yield the rows of each batch that `epoch` yields, on the CPU."""
 
     def of_view(
         self, view: int, rows: torch.Tensor, step: int
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield rows, `step` at a time, and their images as they are augmented in a view."""
+
+
+class WithRows:
+    """Training batches with the rows of their images, on the CPU, behind them."""
+
+    def __init__(self, batches: NumberedBatches) -> None:
+        self.batches = batches
+        self.count = batches.count
+
+    def __len__(self) -> int:
+        """Return the steps of an epoch."""
+        return len(self.batches)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[torch.Tensor, ...]]:
+        """Yield images `[B, 3, S, S]`, labels `[B]` and rows `[B]` of one epoch."""
+        rows = self.batches.rows(epoch, start)
+        for batch, numbers in zip(self.batches.epoch(epoch, start), rows, strict=True):
+            yield *batch, numbers
 
 
 class EvalBatches(Protocol):

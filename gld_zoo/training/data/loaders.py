@@ -63,9 +63,7 @@ def load_data(
     share.batch_size(recipe.batch_size)
     normalize = Normalize(config["mean"], config["std"], device)
     size = config["input_size"][-1]
-    train, val = source.train, None
-    if recipe.val_fraction:
-        train, val = train.hold_out(recipe.val_fraction, derive_seed(recipe.seed))
+    train, val = split_rows(source, recipe)
     in_memory = fits_in_memory(source, recipe, size, device)
 
     def measured(rows: Rows) -> EvalBatches:
@@ -84,6 +82,13 @@ def load_data(
     if recipe.mixes:
         batches = mixed(batches, recipe, len(source.label_names), share)
     return Data(batches, measured(source.test), measured(val) if val is not None else None)
+
+
+def split_rows(source: ImageSource, recipe: Recipe) -> tuple[Rows, Rows | None]:
+    """Return the rows to train on, and those held out of them if a recipe asks for it."""
+    if not recipe.val_fraction:
+        return source.train, None
+    return source.train.hold_out(recipe.val_fraction, derive_seed(recipe.seed))
 
 
 def mixed(batches: TrainBatches, recipe: Recipe, classes: int, share: Share) -> TrainBatches:

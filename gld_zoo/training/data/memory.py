@@ -133,11 +133,12 @@ class MemoryBatches:
         """Yield images `[B, 3, S, S]` in channels-last layout and labels `[B]` of one epoch."""
         drawn = self._draw(self.drawing.view(epoch))
         for rows in self.rows(epoch, start):
-            yield self._images(rows, drawn), self.labels[rows]
+            here = rows.to(self.images.device)
+            yield self._images(here, drawn), self.labels[here]
 
     def rows(self, epoch: int, start: int = 0) -> Iterator[torch.Tensor]:
         """Yield the rows of each batch that `epoch` yields."""
-        order = self.drawing.order(epoch, self.count).to(self.images.device)
+        order = self.drawing.order(epoch, self.count)
         batches = order[: len(self) * self.batch_size].split(self.batch_size)
         yield from map(self.share.of, batches[start:])
 
@@ -146,8 +147,8 @@ class MemoryBatches:
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield rows, `step` at a time, and their images as they are augmented in a view."""
         drawn = self._draw(view)
-        for part in rows.to(self.images.device).split(step):
-            yield part, self._images(part, drawn)
+        for part in rows.cpu().split(step):
+            yield part, self._images(part.to(self.images.device), drawn)
 
     def _draw(self, view: int) -> _Drawn:
         """Draw how each image of the split is cropped, mirrored and cut out of in a view."""
@@ -163,10 +164,10 @@ class MemoryBatches:
         return _Drawn(corners.to(device), flips.to(device) & bool(self.flip), holes.to(device))
 
     def _images(self, rows: torch.Tensor, drawn: _Drawn) -> torch.Tensor:
-        pixels = self.crop(rows, *drawn.corners, drawn.flips)
+        pixels = self.crop(rows, drawn.corners[0], drawn.corners[1], drawn.flips)
         if self.cutout:
-            centres = drawn.holes[:, rows]
-            pixels = cut_out(pixels, *centres, self.cutout, self.normalize.mean_pixel)
+            lines, columns = drawn.holes[:, rows]
+            pixels = cut_out(pixels, lines, columns, self.cutout, self.normalize.mean_pixel)
         return self.normalize(pixels)
 
     def crop(

@@ -167,13 +167,7 @@ class Rows(ImageRows):
         Raises:
             DataError: If no class has two.
         """
-        labels = self.labels()
-        generator = torch.Generator().manual_seed(seed)
-        held = torch.zeros(len(labels), dtype=torch.bool)
-        for label in range(self.classes):
-            rows = (labels == label).nonzero().flatten()
-            rows = rows[torch.randperm(len(rows), generator=generator)]
-            held[rows[: min(max(1, round(fraction * len(rows))), len(rows) - 1)]] = True
+        held = drawn_by_class(self.labels(), self.classes, fraction, seed)
         if not held.any():
             raise DataError(f"{self.where} has no class of two images, so none can be held out")
         return self.select((~held).nonzero().flatten()), self.select(held.nonzero().flatten())
@@ -189,3 +183,17 @@ class Rows(ImageRows):
         return DataError(
             f"{place} has label {label!r}, {classes}{count}; remove unlabelled rows or correct them"
         )
+
+
+def drawn_by_class(labels: torch.Tensor, classes: int, fraction: float, seed: int) -> torch.Tensor:
+    """Return which rows are drawn, bool `[N]`: a `fraction` (rounded) of each class.
+
+    Of each class at least one row is drawn and one is not, if it has two.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.zeros(len(labels), dtype=torch.bool)
+    for label in range(classes):
+        rows = (labels == label).nonzero().flatten()
+        rows = rows[torch.randperm(len(rows), generator=generator)]
+        drawn[rows[: min(max(1, round(fraction * len(rows))), len(rows) - 1)]] = True
+    return drawn

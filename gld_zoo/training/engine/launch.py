@@ -132,7 +132,7 @@ def train(trainer: Trainer, interruption: Interruption, *, resume: bool) -> None
         accelerator.init_trackers("gld_zoo", config=flat_options(trainer.recipe))
     if resume:
         trainer.restore()
-    task.prepare()
+    task.prepare(trainer.run.path)
     for line in task.introduction():
         say(line)
     say(trainer.measure_start())

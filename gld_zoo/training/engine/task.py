@@ -90,8 +90,21 @@ class Task(ABC):
         note = self.source.train.note_of_depth()
         return [f"{self.source.name}: {counts}" + (f"; {note}" if note else "")]
 
-    def prepare(self) -> None:  # noqa: B027  a task need not
-        """Do what is left before the first step; a checkpoint, if there is one, has been read."""
+    def prepare(self, run: Path) -> None:  # noqa: B027  a task need not
+        """Do what is left before the first step; a checkpoint, if there is one, has been read.
+
+        Args:
+            run: The run's folder.
+        """
+
+    def begin_epoch(self, epoch: int) -> None:  # noqa: B027  likewise
+        """Be told that the steps of an epoch, counted from 0, or what is left of them come now."""
+
+    def end_epoch(self, epoch: int) -> None:  # noqa: B027  likewise
+        """Be told that the last step of an epoch is done."""
+
+    def save_work(self) -> None:  # noqa: B027  likewise
+        """Write what would be lost if the run ended now and went on from its checkpoint."""
 
     def set_training_mode(self) -> None:
         """Set the model to training."""

@@ -103,6 +103,7 @@ class Trainer:
         """Train for one epoch, counted from 0, or for what is left of it."""
         state, steps = self.state, len(self.data.train)
         step = start = state.position[1]
+        self.task.begin_epoch(epoch)
         self.task.set_training_mode()
         rank = self.accelerator.process_index
         bar = telling.progress(
@@ -131,6 +132,7 @@ class Trainer:
             if step > start and self.accelerator.num_processes == 1:
                 self._checkpoint(epoch, step)
             raise
+        self.task.end_epoch(epoch)
         state.totals.stop()
 
     def set_learning_rate(self, epoch: float) -> None:
@@ -178,6 +180,7 @@ class Trainer:
     def _checkpoint(self, epoch: int, step: int) -> None:
         self.state.totals.check(step, epoch)  # nothing that is not finite is ever saved
         self.state.totals.stop()
+        self.task.save_work()
         self.state.save(epoch, step)
         self.state.totals.start()
 

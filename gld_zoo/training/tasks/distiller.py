@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
@@ -18,12 +18,13 @@ from gld_zoo.training.build.create import create_frozen, set_training_mode
 from gld_zoo.training.build.run_models import build_models
 from gld_zoo.training.common.errors import DataError, ModelError
 from gld_zoo.training.config.recipe import PAPER_BETA, Recipe
-from gld_zoo.training.data.batches import Data, EvalBatches, Share
+from gld_zoo.training.data.batches import Data, EvalBatches, NumberedBatches, Share, WithRows
 from gld_zoo.training.data.columns import listed
-from gld_zoo.training.data.loaders import load_data
+from gld_zoo.training.data.loaders import load_data, split_rows
 from gld_zoo.training.data.sources import ImageSource, facts, open_source
 from gld_zoo.training.engine.task import Task, Terms
 from gld_zoo.training.runs.on_record import labels_alone
+from gld_zoo.training.tasks.taught import Run, TaughtBy
 
 
 class Distiller(Task):
@@ -47,12 +48,18 @@ class Distiller(Task):
         if recipe.compile and accelerator.num_processes == 1:  # not through collectives
             self.criterion.compile()
         data = load_data(self.source, recipe, self.config, accelerator.device, share)
+        if recipe.keeps_answers:
+            data = data._replace(train=WithRows(cast(NumberedBatches, data.train)))
+        self.taught_by = None
+        if self.teacher is not None:
+            rows, _ = split_rows(self.source, recipe)
+            run = Run(recipe, accelerator, self.source, rows, self.models, data)
+            self.taught_by = TaughtBy(run)
         labels = []
         if not recipe.streaming:
             labels = self.source.train.labels().tolist()
             self.empty = check_classes(self.source, allowed=recipe.allow_empty_classes)
         self.source_digests = dict(classes=_digest(self.source.label_names), labels=_digest(labels))
-        self.teacher_top1: float | None = None
         return data, self.student, self.models.network
 
     def set_training_mode(self) -> None:
@@ -60,17 +67,24 @@ class Distiller(Task):
         super().set_training_mode()
         set_training_mode(self.student, self.recipe.finetune)
 
-    def forward(self, images: torch.Tensor, target: torch.Tensor) -> tuple[Terms, Terms]:
-        """Return the loss with its terms, and the accuracy of the global logits, in %."""
+    def forward(
+        self, images: torch.Tensor, target: torch.Tensor, numbers: torch.Tensor | None = None
+    ) -> tuple[Terms, Terms]:
+        """Return the loss with its terms, and the accuracy of the global logits, in %.
+
+        Args:
+            images: `[B, 3, S, S]`.
+            target: Classes `[B]`, or probabilities `[B, K]`.
+            numbers: Which images they are `[B]`, where the teacher's answers are kept.
+        """
         if self.recipe.compile:
             torch.compiler.cudagraph_mark_step_begin()
         logits = self.network(images)
         smoothing = self.recipe.label_smoothing
-        if self.teacher is None:
+        if self.taught_by is None:
             loss = F.cross_entropy(logits.float(), target, label_smoothing=smoothing)
             return dict(loss=loss, loss_ce=loss), accuracy(logits, target)
-        with self.accelerator.autocast():
-            teacher_logits = self.teacher(images)
+        teacher_logits = self.taught_by.rows(images, numbers)
         if smoothing:
             target = smooth(target, logits.shape[-1], smoothing)
         return self.criterion(logits, teacher_logits, target), accuracy(logits[:, 0], target)
@@ -89,13 +103,25 @@ class Distiller(Task):
             evaluator.update(predict(images), target)
         return dict(evaluator.compute(distributed=self.accelerator.num_processes > 1))
 
-    def prepare(self) -> None:
-        """Measure the teacher, unless a checkpoint tells its score; then it only teaches."""
-        if self.teacher is None:
-            return
-        if self.teacher_top1 is None:
-            self.teacher_top1 = self._score(self.teacher.classify, self.data.test)["top1"]
-        self.teacher.keep_in(self._autocast_dtype())
+    def prepare(self, run: Path) -> None:
+        """Let the teacher be made ready: its head, its store, its score."""
+        if self.taught_by is not None:
+            self.taught_by.prepare(run, lambda *each: self._score(*each)["top1"])
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Read what is kept of the teacher's answers on the epoch's view."""
+        if self.taught_by is not None:
+            self.taught_by.begin_epoch(epoch)
+
+    def end_epoch(self, epoch: int) -> None:
+        """Complete what is kept of the teacher's answers on the epoch's view."""
+        if self.taught_by is not None:
+            self.taught_by.end_epoch()
+
+    def save_work(self) -> None:
+        """Write the teacher's answers of the epoch so far."""
+        if self.taught_by is not None:
+            self.taught_by.save_work()
 
     def introduction(self) -> list[str]:
         """Return what to tell of the data, of options that may surprise, and of the teacher."""
@@ -106,25 +132,18 @@ class Distiller(Task):
             lines.append(f"beta {beta:g}: the paper's {PAPER_BETA:g} scaled to the rows of a batch")
         if not self.recipe.finetune and (":" in student or "." in student):
             lines.append(f"{student} begins at random; --finetune all begins with its weights")
-        if self.teacher_top1 is not None:
-            lines.append(f"teacher {self.recipe.teacher}: top-1 {self.teacher_top1:.2f} %")
-        return lines
+        return [*lines, *(self.taught_by.introduction() if self.taught_by else [])]
 
     def remembered(self) -> dict[str, Any]:
         """Return the scores that need not be measured again, and of which weights they are."""
-        teacher = dict(sha256=self.models.teacher_sha256, top1=self.teacher_top1)
+        teacher = self.taught_by.remembered() if self.taught_by else {}
         return dict(super().remembered(), teacher=teacher)
 
     def recall(self, remembered: dict[str, Any]) -> None:
         """Take over what `remembered` returned, the teacher's score if it is of these weights."""
         super().recall(remembered)
-        teacher = remembered.get("teacher", {})
-        if teacher.get("sha256") == self.models.teacher_sha256:
-            self.teacher_top1 = teacher.get("top1")
-
-    def _autocast_dtype(self) -> torch.dtype | None:
-        names = dict(bf16=torch.bfloat16, fp16=torch.float16)
-        return names.get(self.accelerator.mixed_precision)
+        if self.taught_by is not None:
+            self.taught_by.recall(remembered.get("teacher", {}))
 
     def describe_model(self) -> str:
         """Return the student's name."""
@@ -138,8 +157,8 @@ class Distiller(Task):
     def conclusion(self, summary: dict[str, Any], before: str, run: Path) -> list[str]:
         """Return what the run came to, and how to load the student."""
         lines = []
-        if self.teacher_top1 is not None:
-            lines.append(f"teacher {self.teacher_top1:.2f} %")
+        if self.taught_by is not None and self.taught_by.top1 is not None:
+            lines.append(f"teacher {self.taught_by.top1:.2f} %")
             if (alone := labels_alone(self.recipe)) is not None:
                 gain = summary["top1"] - alone
                 lines.append(
@@ -155,18 +174,11 @@ class Distiller(Task):
 
     def more_summary(self, run: Path) -> dict[str, Any]:
         """Return the dataset, the teacher, and the top-1 of the weights selected, if any were."""
-        teacher = None
-        if self.teacher is not None:
-            teacher = dict(
-                name=self.recipe.teacher,
-                sha256=self.models.teacher_sha256,
-                top1=self.teacher_top1,
-            )
         more: dict[str, Any] = dict(
             dataset=self.source.name,
             dataset_is_folder=self.source.is_folder,
             test_split=self.source.test_split,
-            teacher=teacher,
+            teacher=self.taught_by.summary() if self.taught_by else None,
         )
         if self.data.val:
             self.accelerator.wait_for_everyone()
@@ -176,7 +188,9 @@ class Distiller(Task):
     def made_of(self) -> dict[str, Any]:
         """Return the counts of images, hashes of classes and labels, and the teacher's weights."""
         hashes = dict(self.source_digests, teacher=self.models.teacher_sha256)
-        return dict(super().made_of(), **hashes)
+        # the rows that teach are those that are kept, rounded as they are
+        kept = self.recipe.store_dtype if self.recipe.keeps_answers else None
+        return dict(super().made_of(), **hashes, kept_answers=kept)
 
     def _measure_best(self, run: Path) -> float | None:
         best, reason = None, "a process on another machine cannot read it"

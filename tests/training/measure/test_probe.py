@@ -1,6 +1,7 @@
 """The linear probe: the optimum of its convex problem, and features that transfer."""
 
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -8,11 +9,13 @@ import timm
 import torch
 import torch.nn.functional as F
 
+from gld_zoo.training.build import fitted_head
+from gld_zoo.training.build.fitted_head import fit_classifier, top1_of
 from gld_zoo.training.commands.probe import cli
 from gld_zoo.training.common.errors import DataError
 from gld_zoo.training.data.sources import ImageSource
 from gld_zoo.training.measure import probe as linear_probe
-from gld_zoo.training.measure.probe import fit_classifier, pooled_features, top1_of
+from gld_zoo.training.measure.probe import pooled_features
 
 
 def problem(seed=0, rows=200, classes=3):
@@ -60,7 +63,7 @@ def test_a_pretrained_backbone_beats_chance_on_other_images(tiny_dataset, tmp_pa
     cli([str(option) for option in options])
     result = json.loads(out.read_text())
     assert (result["train_images"], result["test_images"], result["features"]) == (64, 33, 64)
-    assert result["penalty"] in linear_probe.PENALTIES
+    assert result["penalty"] in fitted_head.PENALTIES
     assert result["top1"] > 60  # four classes
     assert f"top1               {result['top1']:.2f} %" in capsys.readouterr().out
 
@@ -71,25 +74,57 @@ def test_a_model_without_weights_is_refused(tiny_dataset):
     assert "model='gld_resnet44' cannot be created" in str(stop.value.code)
 
 
-def test_the_penalty_is_the_best_on_images_held_out_then_all_are_used(tiny_dataset, monkeypatch):
+@pytest.mark.parametrize(
+    ("best", "tried"), [(1e-3, [1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5]), (1.0, [1.0, 1e-1, 1e-2])]
+)
+def test_the_penalty_is_the_best_on_images_held_out_then_all_are_used(
+    tiny_dataset, monkeypatch, best, tried
+):
     fitted, scored = [], []
 
-    def fit_classifier(features, target, classes, penalty):
-        fitted.append((*features.shape[:2], penalty))
+    def fit_classifier(features, target, classes, penalty, *, dtype=torch.float64, start=None):
+        fitted.append((*features.shape[:2], penalty, dtype, start))
         return penalty
 
     def top1_of(penalty, features, target):
         scored.append(tuple(features.shape[:2]))
-        return -abs(penalty - 1e-3)
+        return -abs(math.log(penalty / best))
 
-    monkeypatch.setattr(linear_probe, "fit_classifier", fit_classifier)
-    monkeypatch.setattr(linear_probe, "top1_of", top1_of)
+    for module in (fitted_head, linear_probe):
+        monkeypatch.setattr(module, "fit_classifier", fit_classifier)
+        monkeypatch.setattr(module, "top1_of", top1_of)
+    monkeypatch.setattr(fitted_head, "top1_of", lambda *each: 100 + top1_of(*each))
     source = ImageSource(str(tiny_dataset))
-    linear_probe.linear_probe("gld_wrn16_1", source, device=torch.device("cpu"))
-    held, penalties = scored[0][0], linear_probe.PENALTIES
+    result = linear_probe.linear_probe("gld_wrn16_1", source, device=torch.device("cpu"))
+    held = scored[0][0]
     assert 0 < held < 32
-    assert scored == [(held, 1)] * len(penalties) + [(64, 1), (33, 1)]
-    assert fitted == [*((64 - held, 2, value) for value in penalties), (64, 2, 1e-3)]
+    assert result["penalty"] == best
+    assert scored == [(held, 1)] * len(tried) + [(64, 1), (33, 1)]
+    starts = [None, *tried]  # each begins at the one before it
+    assert fitted == [
+        *(
+            (64 - held, 2, value, torch.float32, start)
+            for value, start in zip(tried, starts[:-1], strict=True)
+        ),
+        (64, 2, best, torch.float64, None),
+    ]
+
+
+def test_a_start_changes_how_soon_the_optimum_is_found_and_not_the_optimum():
+    features, target = problem()
+    start = fit_classifier(features, target, 3, penalty=1.0)
+    fits = [fit_classifier(features, target, 3, penalty=1e-2, start=each) for each in (None, start)]
+    torch.testing.assert_close(fits[0].weight, fits[1].weight, rtol=0, atol=1e-4)
+
+
+def test_a_head_of_a_fitted_classifier_gives_its_logits_for_rows_of_any_shape():
+    features, target = problem()
+    classifier = fit_classifier(features, target, 3, penalty=1e-2)
+    expected = classifier(classifier.standardize(features[:, 0])).float()
+    head = fitted_head.LinearHead.of(classifier)
+    rows = features[:6].reshape(2, 3, 5)
+    torch.testing.assert_close(head(rows).flatten(0, 1), expected[:6], rtol=1e-5, atol=1e-5)
+    assert set(head.state_dict()) == {"mean", "std", "weight", "bias"}
 
 
 def test_the_second_view_is_the_mirror_image():
@@ -105,7 +140,7 @@ def test_features_that_do_not_fit_are_refused_before_they_are_computed(
     student_run, tiny_dataset, monkeypatch
 ):
     monkeypatch.setattr(
-        linear_probe.psutil,
+        fitted_head.psutil,
         "virtual_memory",
         lambda: SimpleNamespace(available=64 * 2 * 64 * 24 - 1),
     )

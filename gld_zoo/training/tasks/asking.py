@@ -1,0 +1,218 @@
+"""A run's teacher as it is asked: at each step, or once for each view and then read."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from gld_zoo.training.build.teacher import Teacher
+from gld_zoo.training.common.errors import DiskError, StoreError
+from gld_zoo.training.data.batches import NumberedBatches, Share
+from gld_zoo.training.teaching.answers import DTYPES, Answers
+from gld_zoo.training.teaching.store import Store
+
+Value = TypeVar("Value")
+IN_HAND = 256  # batches of rows that are kept on their device before they are moved to the CPU
+ON_DEVICE = 1 << 30  # bytes of a view that a GPU holds
+PART_SECONDS = 60.0  # of asking for missing rows, after which they are written
+
+
+class AskedOnce:
+    """Gives a run the rows of its teacher, which it asks for those that are not kept.
+
+    What the student learns from are the rows as they are kept, whether they were read or have just
+    been asked for, so that it makes no difference when a view became complete.
+
+    Args:
+        teacher: Whom to ask.
+        store: What is kept, or is to be.
+        answers: How.
+        batches: The training images.
+        accelerator: Of the run; the teacher is asked in its precision.
+        batch_size: Images a process shows at a time.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        store: Store,
+        answers: Answers,
+        batches: NumberedBatches,
+        accelerator: Accelerator,
+        batch_size: int,
+    ) -> None:
+        self.teacher, self.store, self.answers = teacher, store, answers
+        self.batches, self.accelerator, self.batch_size = batches, accelerator, batch_size
+        self.share = Share(accelerator.process_index, accelerator.num_processes)
+        self.view, self.seconds = 0, 0.0
+        self.known: torch.Tensor | None = None
+        self.asked: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.checked: set[int] = set()
+        self.parts, self.told = 0, False
+        self.refusal: str | None = self.on_main(store.begin_writing)
+
+    def on_main(self, work: Callable[[], Value]) -> Value:
+        """Return on all processes what the main one found, or raise what it raised.
+
+        Raises:
+            StoreError: If it did.
+        """
+        outcome: list[Any] = [None, None]
+        if self.accelerator.is_main_process:
+            try:
+                outcome[0] = work()
+            except StoreError as error:
+                outcome[1] = str(error)
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(outcome)
+        if outcome[1] is not None:
+            raise StoreError(outcome[1])
+        return outcome[0]
+
+    def begin(self, view: int) -> None:
+        """Read a view if it is complete; else ask the teacher for it."""
+        self.view, self.seconds, self.known = view, 0.0, None
+        if self.on_main(lambda: self._usable(view)):
+            self.known = self.store.rows(view)
+            here = self.accelerator.device
+            if here.type == "cuda" and self.known.nbytes <= ON_DEVICE:
+                self.known = self.known.to(here)
+
+    def _usable(self, view: int) -> bool:
+        """Tell whether a view is complete and undamaged; a damaged one is made anew."""
+        if not self.store.record(view):
+            return False
+        if not self.refusal:
+            self.store.drop_parts(view)  # which a crash may have left
+        if view in self.checked:
+            return True
+        try:
+            self.store.check(view)
+        except StoreError as error:
+            self.accelerator.print(f"{error}; the teacher is asked for view {view} again")
+            if not self.refusal:
+                try:
+                    self.store.forget(view)
+                except DiskError as refused:
+                    self.refusal = str(refused)
+            return False
+        self.checked.add(view)
+        return True
+
+    @torch.no_grad()
+    def rows(self, images: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+        """Return a batch's rows `[B, 1+L, W]` to learn from.
+
+        Args:
+            images: The student's.
+            numbers: Which they are, of the training split, on the CPU.
+        """
+        if self.known is not None:
+            kept = self.known[numbers.to(self.known.device)].to(images.device)
+        else:
+            kept = self.ask(images)
+            if not self.refusal:
+                self.asked.append((numbers, kept))
+                if len(self.asked) % IN_HAND == 0:
+                    self.asked = [(which, rows.cpu()) for which, rows in self.asked]
+        found = self.answers.decode(kept)
+        return self.teacher.classify_rows(found) if self.answers.what == "features" else found
+
+    @torch.no_grad()
+    def ask(self, images: torch.Tensor) -> torch.Tensor:
+        """Return what is kept of the teacher's answer to images."""
+        began = time.perf_counter()
+        with self.accelerator.autocast():
+            found = self.teacher.features(images)
+        if self.answers.what == "logits":
+            found = self.teacher.classify_rows(found)
+        kept = self.answers.encode(found)
+        self.seconds += time.perf_counter() - began
+        return kept
+
+    def save(self) -> None:
+        """Write the rows asked for since the last time as a part of their view.
+
+        A disk that refuses costs the store, not the run.
+        """
+        if not self.asked or self.refusal:
+            return
+        numbers, rows = (torch.cat([pair[part].cpu() for pair in self.asked]) for part in (0, 1))
+        self.asked = []
+        self.parts += 1
+        name = f"{self.share.rank:03d}-{os.getpid()}-{self.parts:05d}"
+        try:
+            self.store.write_part(self.view, name, numbers, rows)
+        except DiskError as error:
+            self.refusal = str(error)
+
+    def end(self) -> str | None:
+        """Complete the view: ask for the rows that are missing, and join its parts.
+
+        Returns:
+            A line to tell, if something came of it.
+        """
+        if self.known is not None:
+            return None
+        self.save()
+        if self._stopped():
+            return None
+        for _ in self._missing():
+            self.save()
+        self.save()
+        if self._stopped():
+            return None
+        self.on_main(self._join)
+        told = f"view {self.view + 1} of {self.store.views} is kept in {self.store.folder}"
+        return None if self._stopped() else told
+
+    def _missing(self) -> Iterator[None]:
+        """Ask for this process's share of the rows that no part has; stop to have them written."""
+        missing = self.on_main(lambda: self.store.missing(self.view).tolist())
+        own = self.share.of(torch.tensor(missing, dtype=torch.int64))
+        written = time.monotonic()
+        if not len(own):
+            return
+        for numbers, images in self.batches.of_view(self.view, own, self.batch_size):
+            self.asked.append((numbers, self.ask(images)))
+            if time.monotonic() - written > PART_SECONDS:
+                written = time.monotonic()
+                yield
+
+    def _join(self) -> None:
+        try:
+            self.store.join(
+                self.view,
+                DTYPES[self.answers.dtype],
+                seconds=round(self.seconds, 2),
+                processes=self.share.world_size,
+            )
+        except DiskError as error:
+            self.refusal = str(error)
+
+    def _stopped(self) -> bool:
+        """Tell whether a process cannot write; then none does, and people are told once."""
+        refused = torch.tensor(float(bool(self.refusal)), device=self.accelerator.device)
+        if not self.accelerator.reduce(refused).item():
+            return False
+        self.refusal = self.refusal or "a process cannot write it"
+        if not self.told:
+            self.accelerator.print(self.standing())
+        self.asked = []
+        return True
+
+    def standing(self) -> str:
+        """Return a line on the store as it is."""
+        store, done = self.store, len(self.store.complete())
+        kind = f"{self.answers.what} in {self.answers.dtype}"
+        line = f"teacher's store {store.folder}: {kind}, {done} of {store.views} views complete"
+        if self.refusal:
+            self.told = True
+            line += f"; it is left as it is ({self.refusal}), and what it lacks asked at each step"
+        return line

@@ -1,0 +1,91 @@
+"""The store of a run's teacher: which it is, and where."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+
+from gld_zoo.training.common.errors import StoreError
+from gld_zoo.training.data.batches import WithRows
+from gld_zoo.training.data.memory import MemoryBatches
+from gld_zoo.training.teaching.answers import Answers, choose_answers
+from gld_zoo.training.teaching.key import ingredients, key_of
+from gld_zoo.training.teaching.store import Store
+
+
+def open_store(run: Any) -> tuple[Store, Answers]:
+    """Return the store of a run's teacher, as it is on the disk, and how rows are kept.
+
+    A damaged one of `teacher_store: auto` is set aside.
+
+    Raises:
+        StoreError: If the folder holds something else, a damaged store, or one of other rows.
+    """
+    recipe, accelerator = run.recipe, run.accelerator
+    classes = len(run.source.label_names)
+    answers = choose_answers(run.models.teacher, recipe.grid, classes, recipe.store_dtype)
+    found: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        info = describe_store(run, answers)
+        folder = store_folder(recipe.teacher_store, info["key"])
+        try:
+            found[0] = _open(folder, info, anew=recipe.teacher_store == "auto")
+        except StoreError as error:
+            found[1] = str(error)
+    if accelerator.num_processes > 1:
+        broadcast_object_list(found)
+    if found[1] is not None:
+        raise StoreError(found[1])
+    return found[0], answers
+
+
+def _open(folder: Path, info: dict[str, Any], *, anew: bool) -> Store:
+    try:
+        return Store.open(folder, info)
+    except StoreError as error:
+        if not anew:
+            raise
+        aside = folder.with_name(f"{folder.name}.damaged")
+        print(f"{error}; it is set aside as {aside}")
+        try:
+            os.replace(folder, aside)
+        except OSError:
+            raise error from None
+        return Store.open(folder, info)
+
+
+def describe_store(run: Any, answers: Answers) -> dict[str, Any]:
+    """Return what the `store.json` of a run's teacher is to hold."""
+    train = run.data.train
+    batches = train.batches if isinstance(train, WithRows) else train
+    made_of = ingredients(
+        run.recipe,
+        run.rows,
+        run.models.config,
+        run.models.teacher,
+        answers,
+        teacher_sha256=run.models.teacher_sha256,
+        path="memory" if isinstance(batches, MemoryBatches) else "loader",
+        precision=run.accelerator.mixed_precision,
+    )
+    return dict(
+        key=key_of(made_of),
+        images=len(run.rows),
+        shape=list(answers.shape),
+        teacher=run.recipe.teacher,
+        dataset=run.recipe.dataset,
+        made_of=made_of,
+        recipe=dataclasses.asdict(run.recipe),
+    )
+
+
+def store_folder(name: str, key: str) -> Path:
+    """Return a store's folder; of `auto` one for its key."""
+    if name != "auto":
+        return Path(name).expanduser()
+    root = os.environ.get("GLD_ZOO_CACHE") or str(Path.home() / ".cache" / "gld_zoo")
+    return Path(root).expanduser() / "teacher_stores" / key[:20]

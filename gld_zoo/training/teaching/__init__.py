@@ -1,0 +1,1 @@
+"""What a teacher answers, kept: it is asked once for each view of each image."""

@@ -1,0 +1,251 @@
+"""A folder of a teacher's answers: whole views, each a file with its hash, and parts of others.
+
+store.json                what decides its rows, their shape, the recipe that made it
+head.safetensors          the classifier that was fitted, if one was
+view-000.safetensors      rows of one view of all images, in the order of the training split
+view-000.json             its hash, which makes it complete
+parts/view-001-*.safetensors    rows of a view that is being asked for
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from gld_zoo.training.common.disk import lock, replacing, sha256, write_text, writing
+from gld_zoo.training.common.errors import HeldError, StoreError
+from gld_zoo.training.teaching.key import differences, key_of
+
+INFO, HEAD, PARTS, LOCK = "store.json", "head.safetensors", "parts", ".lock"
+
+
+class Store:
+    """A teacher's answers in a folder, for one key.
+
+    Args:
+        folder: Where they are, or are to be.
+        info: What `store.json` holds.
+    """
+
+    def __init__(self, folder: Path, info: dict[str, Any]) -> None:
+        self.folder, self.info = folder, info
+        self.count, self.shape = info["images"], tuple(info["shape"])
+        self.views: int = info["made_of"]["views"]
+        self._lock: Any = None
+
+    @classmethod
+    def read(cls, folder: Path) -> Store:
+        """Return the store in a folder.
+
+        Raises:
+            StoreError: If there is none, or its `store.json` is damaged.
+        """
+        try:
+            info = json.loads((folder / INFO).read_text(encoding="utf-8"))
+            if key_of(info["made_of"]) != info["key"]:
+                raise ValueError("what it is made of changed since it was written")
+            return cls(folder, info)
+        except FileNotFoundError as error:
+            raise StoreError(
+                f"{folder} holds no teacher's store; gld-zoo store build makes one"
+            ) from error
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StoreError(
+                f"{folder / INFO} is damaged ({error}), so nothing in its folder is read; delete "
+                "the folder or name another"
+            ) from error
+
+    @classmethod
+    def open(cls, folder: Path, info: dict[str, Any]) -> Store:
+        """Return the store in a folder, where there is none a new one that is not yet written.
+
+        Raises:
+            StoreError: If the folder holds other files, a damaged store, or one of other rows.
+        """
+        if not os.path.lexists(folder) or (folder.is_dir() and not _content(folder)):
+            return cls(folder, info)
+        if not (folder / INFO).is_file():
+            raise StoreError(
+                f"teacher_store={str(folder)!r} is no teacher's store and not empty; name another "
+                "folder, or auto"
+            )
+        there = cls.read(folder)
+        if there.info["key"] != info["key"]:
+            told = "; ".join(differences(info["made_of"], there.info["made_of"]))
+            raise StoreError(
+                f"teacher_store={str(folder)!r} holds other rows than this run's ({told}); name "
+                "another folder, or auto"
+            )
+        return there
+
+    def begin_writing(self) -> str | None:
+        """Take the store for this process to write, and make it if it is new.
+
+        Returns:
+            Why that cannot be; None where it is done.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = lock(self.folder / LOCK)
+            if not (self.folder / INFO).is_file():
+                write_text(self.folder / INFO, json.dumps(self.info, indent=2) + "\n")
+            (self.folder / PARTS).mkdir(exist_ok=True)
+        except HeldError as error:
+            return f"{error} is writing it"
+        except OSError as error:
+            return error.strerror or str(error)
+        except RuntimeError as error:  # of the disk, told by `write_text`
+            return str(error)
+        return None
+
+    def path(self, view: int) -> Path:
+        """Return the file of a view."""
+        return self.folder / f"view-{view:03d}.safetensors"
+
+    def record(self, view: int) -> dict[str, Any] | None:
+        """Return what is written of a view that is complete; None of any other."""
+        try:
+            found = json.loads(self.path(view).with_suffix(".json").read_text(encoding="utf-8"))
+            return found if self.path(view).is_file() and "sha256" in found else None
+        except (OSError, ValueError):
+            return None
+
+    def complete(self) -> list[int]:
+        """Return the views that are."""
+        return [view for view in range(self.views) if self.record(view)]
+
+    def check(self, view: int) -> None:
+        """Read a complete view's file and compare it with its hash.
+
+        Raises:
+            StoreError: If it is not what was written.
+        """
+        record, path = self.record(view), self.path(view)
+        try:
+            good = record is not None and sha256(path) == record["sha256"]
+        except OSError as error:
+            raise StoreError(f"{path} cannot be read: {error.strerror}") from error
+        if not good:
+            raise StoreError(f"{path} is damaged: it is not what was written")
+
+    def rows(self, view: int) -> torch.Tensor:
+        """Return the rows of a complete view `[N, R, W]`, read from the disk as they are used.
+
+        Raises:
+            StoreError: If the file is not of this store.
+        """
+        try:
+            with safe_open(self.path(view), framework="pt") as file:
+                found = file.get_tensor("rows")
+        except (OSError, SafetensorError) as error:
+            raise StoreError(f"{self.path(view)} cannot be read: {error}") from error
+        if found.shape != (self.count, *self.shape):
+            raise StoreError(
+                f"{self.path(view)} holds rows {list(found.shape)}, not those of "
+                f"{self.count} images"
+            )
+        return found
+
+    def forget(self, view: int) -> None:
+        """Take a damaged view out of those that are complete, its file set aside.
+
+        Raises:
+            DiskError: If the disk refuses.
+        """
+        with writing(self.folder):
+            self.path(view).with_suffix(".json").unlink(missing_ok=True)
+            if self.path(view).is_file():
+                os.replace(self.path(view), self.path(view).with_suffix(".damaged"))
+
+    def write_part(self, view: int, name: str, numbers: torch.Tensor, rows: torch.Tensor) -> None:
+        """Write rows `[n, R, W]` of some images, by their numbers `[n]`, of a view.
+
+        Raises:
+            DiskError: If the disk refuses; what was written before is untouched.
+        """
+        tensors = dict(numbers=numbers.contiguous(), rows=rows.contiguous())
+        path = self.folder / PARTS / f"view-{view:03d}-{name}.safetensors"
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, metadata={"sha256": _digest(tensors)})
+
+    def parts(self, view: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield the parts of a view, oldest first; one that is damaged is left out."""
+        paths = list((self.folder / PARTS).glob(f"view-{view:03d}-*.safetensors"))
+        for path in sorted(paths, key=lambda each: (each.stat().st_mtime_ns, each.name)):
+            with contextlib.suppress(SafetensorError, OSError, KeyError):
+                tensors = load_file(path)
+                with safe_open(path, framework="pt") as file:
+                    told = (file.metadata() or {}).get("sha256")
+                numbers, rows = tensors["numbers"], tensors["rows"]
+                fits = rows.shape == (len(numbers), *self.shape)
+                if (
+                    fits
+                    and _digest(tensors) == told
+                    and numbers.numel()
+                    and 0 <= numbers.min() <= numbers.max() < self.count
+                ):
+                    yield numbers, rows
+
+    def missing(self, view: int) -> torch.Tensor:
+        """Return the numbers of the images of which no part of a view has the rows."""
+        have = torch.zeros(self.count, dtype=torch.bool)
+        for numbers, _ in self.parts(view):
+            have[numbers] = True
+        return (~have).nonzero().flatten()
+
+    def join(self, view: int, dtype: torch.dtype, **record: Any) -> None:
+        """Make a view complete of its parts, which have the rows of all images.
+
+        Raises:
+            DiskError: If the disk refuses; the parts are untouched.
+        """
+        whole = torch.empty((self.count, *self.shape), dtype=dtype)
+        for numbers, rows in self.parts(view):
+            whole[numbers] = rows
+        with replacing(self.path(view)) as temporary:
+            save_file(dict(rows=whole), temporary, metadata={"format": "pt"})
+        record = dict(sha256=sha256(self.path(view)), **record)
+        write_text(self.path(view).with_suffix(".json"), json.dumps(record) + "\n")
+        self.drop_parts(view)
+
+    def drop_parts(self, view: int) -> None:
+        """Remove a view's parts, and what an earlier crash left of them."""
+        for pattern in (f"view-{view:03d}-*.safetensors", f".view-{view:03d}-*.partial"):
+            for path in (self.folder / PARTS).glob(pattern):
+                with contextlib.suppress(OSError):
+                    path.unlink()
+
+    def bytes(self) -> int:
+        """Return what the complete views take on the disk."""
+        return sum(self.path(view).stat().st_size for view in self.complete())
+
+    def keep_head(self, path: Path) -> None:
+        """Copy the classifier that was fitted.
+
+        Raises:
+            DiskError: If the disk refuses.
+        """
+        if not (self.folder / HEAD).is_file():
+            with replacing(self.folder / HEAD) as temporary:
+                shutil.copyfile(path, temporary)
+
+
+def _content(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.name != LOCK]
+
+
+def _digest(tensors: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in ("numbers", "rows"):
+        digest.update(tensors[name].contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
