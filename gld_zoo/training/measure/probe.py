@@ -48,12 +48,9 @@ def linear_probe(
         ModelError: If the model does not.
     """
     measured = build_measured(name, device, image_size=image_size)
-    check_features_fit(
-        measured.model.head_hidden_size,
-        len(source.train),
-        views=2 if mirror else 1,
-        remedy="use fewer images" + (" or --mirror false" if mirror else ""),
-    )
+    remedy = "use fewer images" + (" or --mirror false" if mirror else "")
+    width, views = measured.model.head_hidden_size, 2 if mirror else 1
+    check_features_fit(width, len(source.train), views=views, remedy=remedy)
 
     def extract(rows: Rows, *, mirrored: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         batches = measuring_batches(rows, measured, device, batch_size=batch_size, workers=workers)

@@ -47,33 +47,30 @@ def ingredients(
         precision: In which it runs.
     """
     own, own_std, theirs, their_std = teacher.statistics
-    return json.loads(
-        json.dumps(
-            dict(
-                version=VERSION,
-                teacher=teacher_sha256,
-                head=_head(teacher, rows),
-                images=content_sha256(rows),
-                image_size=config["input_size"][-1],
-                interpolation=config["interpolation"],
-                mean=theirs,
-                std=their_std,
-                teacher_size=teacher.size,
-                teacher_filter=teacher.filter if teacher.size else None,
-                teacher_mean=own,
-                teacher_std=own_std,
-                augmentation={name: getattr(recipe, name) for name in OF_IMAGES},
-                path=path,
-                views=recipe.views,
-                augment_seed=recipe.seed if recipe.augment_seed is None else recipe.augment_seed,
-                grid=grids_of(recipe.grid),
-                kept=[answers.what, answers.dtype, list(answers.shape)],
-                precision=precision,
-                torch=torch.__version__,
-                torchvision=metadata.version("torchvision"),
-            )
-        )
+    made_of = dict(
+        version=VERSION,
+        teacher=teacher_sha256,
+        head=_head(teacher, rows),
+        images=content_sha256(rows),
+        image_size=config["input_size"][-1],
+        interpolation=config["interpolation"],
+        mean=theirs,
+        std=their_std,
+        teacher_size=teacher.size,
+        teacher_filter=teacher.filter if teacher.size else None,
+        teacher_mean=own,
+        teacher_std=own_std,
+        augmentation={name: getattr(recipe, name) for name in OF_IMAGES},
+        path=path,
+        views=recipe.views,
+        augment_seed=recipe.seed if recipe.augment_seed is None else recipe.augment_seed,
+        grid=grids_of(recipe.grid),
+        kept=[answers.what, answers.dtype, list(answers.shape)],
+        precision=precision,
+        torch=torch.__version__,
+        torchvision=metadata.version("torchvision"),
     )
+    return json.loads(json.dumps(made_of))  # tuples as lists, as they are read back
 
 
 def _head(teacher: Any, rows: Rows) -> dict[str, Any]:

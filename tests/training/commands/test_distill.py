@@ -19,9 +19,11 @@ from datasets import ClassLabel, Features, Image, load_dataset
 from safetensors.torch import load_file, save_file
 
 from gld_zoo.hub import save_pretrained
+from gld_zoo.training.build.class_names import match_classes
 from gld_zoo.training.build.create import create_frozen, create_student
 from gld_zoo.training.build.refusals import check_lone_image
 from gld_zoo.training.build.run_models import build_models
+from gld_zoo.training.build.teacher import Teacher
 from gld_zoo.training.commands.distill import cli
 from gld_zoo.training.common.errors import ModelError, NonFiniteLossError
 from gld_zoo.training.config.recipe import Recipe
@@ -370,6 +372,8 @@ def test_teacher_of_other_classes_is_refused(teacher_run, tmp_path, distill):
         fails=True,
     )
     assert "has 4 classes and the dataset 100" in output
+    assert "teacher_head: fit" in output
+    assert "teacher_head: none" in output
 
 
 @pytest.fixture(scope="session")
@@ -384,12 +388,38 @@ def reordered(tmp_path_factory, rows):
     return write_dataset(tmp_path_factory.mktemp("reordered"), columns, features)
 
 
-def test_a_teacher_with_the_classes_in_another_order_is_refused(
-    teacher_run, reordered, tmp_path, distill
+def test_a_teacher_with_the_classes_in_another_order_is_matched_by_name(
+    teacher_run, reordered, tiny_dataset, tmp_path, distill
 ):
-    options = ["--teacher", f"local-dir:{teacher_run}/last", "--dataset", reordered]
-    output = distill(*SMALL_RUN, *options, "--run", tmp_path / "run", fails=True)
-    assert "another order: class 0 is 'apple' to it and 'bear' to the dataset" in output
+    options = ["--teacher", f"local-dir:{teacher_run}/last", "--max_minutes", 0]
+    outputs = [
+        distill(*SMALL_RUN, *options, "--dataset", dataset, "--run", tmp_path / f"run{number}")
+        for number, dataset in enumerate((tiny_dataset, reordered))
+    ]
+    scores = [re.search(r"teacher .*: top-1 ([\d.]+) %", output)[1] for output in outputs]
+    assert float(scores[0]) > 30  # of four classes, after two epochs
+    model = create_frozen(f"local-dir:{teacher_run}/last", torch.device("cpu"))
+    names = FEATURES["fine_label"].names
+    assert match_classes(model, names, "teacher") is None
+    assert match_classes(model, names[::-1], "teacher") == [3, 2, 1, 0]
+    swapped = [names[1].replace("_", " ").title(), names[0], *names[2:]]  # spelling is no name
+    assert match_classes(model, swapped, "teacher") == [1, 0, 2, 3]
+    images = torch.randn(2, 3, 32, 32)
+    statistics = ((0.5,) * 3, (0.25,) * 3)
+    rows = Teacher(model, 2, *statistics)(images)
+    model = create_frozen(f"local-dir:{teacher_run}/last", torch.device("cpu"))
+    matched = Teacher(model, 2, *statistics, columns=[3, 2, 1, 0])
+    assert torch.equal(matched(images), rows.flip(2))
+    assert torch.equal(
+        matched.classify(images), Teacher(model, 2, *statistics).classify(images).flip(1)
+    )
+
+
+def test_a_teacher_of_which_some_classes_alone_stand_elsewhere_is_refused(teacher_run, tmp_path):
+    model = create_frozen(f"local-dir:{teacher_run}/last", torch.device("cpu"))
+    names = [*FEATURES["fine_label"].names[1:], "boat"]
+    with pytest.raises(ModelError, match="some of the dataset's classes at other places"):
+        match_classes(model, names, "teacher")
 
 
 def test_classes_that_are_numbers_have_an_order_too(tmp_path):
