@@ -31,7 +31,7 @@ def create_student(
 
     Args:
         name: timm's.
-        label_names: The dataset's classes.
+        label_names: The dataset's classes; without any it is a backbone.
         device: Where it trains.
         finetune: None draws random weights; 'all' and 'classifier' start from pretrained ones, the
             latter with all but the classifier frozen.
@@ -42,6 +42,8 @@ def create_student(
             are none.
     """
     classes, options = len(label_names), options or {}
+    if finetune == "classifier" and not classes:
+        raise ModelError("finetune=classifier has none to train without classes; use finetune: all")
     if taken := {"num_classes", "pretrained", "in_chans", "features_only"} & set(options):
         raise ModelError(f"student_args: {', '.join(sorted(taken))} is the trainer's; leave it out")
     if finetune is None:

@@ -11,7 +11,7 @@ import torch.nn as nn
 from accelerate import Accelerator
 from timm.data import resolve_model_data_config
 
-from gld_zoo import GlobalLocal
+from gld_zoo.distillation.heads import FeaturesAndLogits, GlobalLocal
 from gld_zoo.training.build.class_names import match_classes
 from gld_zoo.training.build.create import (
     GlobalOnly,
@@ -68,8 +68,8 @@ def build_models(recipe: Recipe, label_names: Sequence[str], accelerator: Accele
     images = torch.zeros((2, *config["input_size"]), device=device)
     size = images.shape[-1]
     with refusals(f"student {recipe.student!r}", size):
-        network = GlobalLocal(student, recipe.grid) if recipe.teacher else GlobalOnly(student)
-        network.eval()(images)
+        network = _wrap(student, recipe).eval()
+        network(images)
     _check_batch(recipe, network, images[:1], accelerator.num_processes)
     teacher, sha256 = None, None
     if recipe.teacher:
@@ -83,6 +83,14 @@ def build_models(recipe: Recipe, label_names: Sequence[str], accelerator: Accele
         if teacher:
             teacher.compile(mode=mode)
     return Models(student, teacher, network, config, sha256)
+
+
+def _wrap(student: nn.Module, recipe: Recipe) -> nn.Module:
+    """Return the module around a student that gives the loss what it needs."""
+    if not recipe.teacher:
+        return GlobalOnly(student)
+    wrapper = FeaturesAndLogits if recipe.teaches_relations else GlobalLocal
+    return wrapper(student, recipe.grid)
 
 
 def _build_teacher(

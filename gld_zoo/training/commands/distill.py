@@ -10,11 +10,20 @@ Precision, devices and process count are Accelerate's. Options: `--help`.
 
 from __future__ import annotations
 
+from accelerate import Accelerator
+
 from gld_zoo.training.config.recipe import Recipe
 from gld_zoo.training.engine.launch import launch
 from gld_zoo.training.tasks.distiller import Distiller
+from gld_zoo.training.tasks.relations import RelationDistiller
+
+
+def task_of(recipe: Recipe, accelerator: Accelerator) -> Distiller:
+    """Return what a recipe trains."""
+    kind = RelationDistiller if recipe.teaches_relations else Distiller
+    return kind(recipe, accelerator)
 
 
 def cli(arguments: list[str], prog: str | None = None) -> None:
     """Run the command line; a mistake ends the program with one line that names it."""
-    launch(Distiller, Recipe, __doc__.splitlines()[0], arguments, prog)
+    launch(task_of, Recipe, __doc__.splitlines()[0], arguments, prog)

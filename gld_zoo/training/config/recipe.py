@@ -269,7 +269,7 @@ class Recipe(Options):
             )
 
         self._check_views()
-        if self.teacher and self.teacher_head == "none":
+        if self.teaches_relations:
             names = ("alpha", "local_weight", "global_weight", "temperature", "standardise")
             self.refuse("has no effect with teacher_head: none", *names, "disagreement")
 
@@ -299,6 +299,16 @@ class Recipe(Options):
                     f"{name}={value} makes images anew at each step, of which teacher_store="
                     f"{self.teacher_store} has nothing; leave one of them out"
                 )
+
+    @property
+    def teaches_relations(self) -> bool:
+        """Whether a teacher teaches by the relations of its features alone."""
+        return bool(self.teacher) and self.teacher_head == "none"
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether there must be classes to learn."""
+        return not self.teaches_relations
 
     @property
     def keeps_answers(self) -> bool:

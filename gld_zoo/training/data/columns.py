@@ -21,6 +21,10 @@ LABEL_NAMES = ("label", "labels", "fine_label")
 SHOWN = 10  # names in a message
 
 
+class NoColumnError(DataError):
+    """A dataset has no column of a type; the message names those it has."""
+
+
 def pick_image_column(name: str, features: dict[str, Any], wanted: str | None) -> tuple[str, str]:
     """Return the column of images, and why it was chosen.
 
@@ -99,7 +103,7 @@ def _pick(
             raise DataError(
                 f"{name} has several columns of type {title}: {listed(found)}; name one by {option}"
             )
-    raise DataError(
+    raise NoColumnError(
         f"{name} has no column of type {title}; name one by {option}; its columns are {columns}"
     )
 

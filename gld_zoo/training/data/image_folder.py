@@ -45,18 +45,34 @@ class Found:
     passed_over: Counter[str] = field(default_factory=Counter)
 
 
-def read_image_folder(folder: Path) -> tuple[DatasetDict, dict[str, int]]:
+class NoClassesError(DataError):
+    """A folder's images do not lie in folders of their classes, or there is one class alone."""
+
+
+def read_image_folder(
+    folder: Path, *, needs_labels: bool = True
+) -> tuple[DatasetDict, dict[str, int]]:
     """Return an image folder's splits, with columns `image` and `label`, and what was passed over.
 
     No image is opened.
 
+    Args:
+        folder: Where it is.
+        needs_labels: Whether there must be classes; else, where there are none, all images below
+            the folder or those of its splits are found, without a column `label`.
+
     Raises:
         DataError: If the layout is another one; it names the file or folder.
     """
-    found = list_images(folder)
-    names = sort_names(name for classes in found.images.values() for name in classes)
-    if len(names) == 1:
-        raise DataError(_one_class(folder, names[0]))
+    try:
+        found = list_images(folder)
+        names = sort_names(name for classes in found.images.values() for name in classes)
+        if len(names) == 1:
+            raise NoClassesError(_one_class(folder, names[0]))
+    except NoClassesError:
+        if needs_labels:
+            raise
+        return _read_unlabelled(folder)
     _check_joined(folder, found)
     features = Features(image=Image(), label=ClassLabel(names=names))
     index = {name: number for number, name in enumerate(names)}
@@ -70,6 +86,18 @@ def read_image_folder(folder: Path) -> tuple[DatasetDict, dict[str, int]]:
             raise DataError(
                 f"{folder} holds a name that is not UTF-8 ({error.object!r}); rename it"
             ) from error
+    return DatasetDict(splits), dict(found.passed_over)
+
+
+def _read_unlabelled(folder: Path) -> tuple[DatasetDict, dict[str, int]]:
+    found = Found()
+    folders, _ = _entries(str(folder), Found())
+    places = _split_folders(folders) or dict(train=str(folder))
+    splits = {}
+    for split, path in places.items():
+        images = sorted(_walk(path, found, ()))
+        columns, features = dict(image=images), Features(image=Image())
+        splits[split] = Dataset.from_dict(columns, features=features, split=NamedSplit(split))
     return DatasetDict(splits), dict(found.passed_over)
 
 
@@ -142,7 +170,7 @@ def _classes(
     """Return the images of each class folder of a split."""
     folders, files = entries or _entries(path, found)
     if files:
-        raise DataError(
+        raise NoClassesError(
             f"{files[0]} lies beside the class folders of {path} (such images: {len(files)}); put "
             f"each into the folder of its class: {LAYOUT}"
         )

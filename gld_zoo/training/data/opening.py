@@ -48,6 +48,7 @@ def open_dataset(
     revision: str | None = None,
     *,
     streaming: bool = False,
+    needs_labels: bool = True,
 ) -> Opened:
     """Find a dataset's splits by its hub id or folder, the latter also beside the package.
 
@@ -56,6 +57,7 @@ def open_dataset(
         config: Name of one of its configs, if it has several.
         revision: Branch, tag or commit on the hub.
         streaming: Read rows from where they lie instead of a local copy.
+        needs_labels: Whether an image folder must have classes.
 
     Raises:
         DataError: If it is not there or cannot be loaded.
@@ -68,7 +70,7 @@ def open_dataset(
             f"dataset={name!r}: there is no such folder; give one that exists or a hub id ORG/NAME"
         )
     if folder and not config and not has_data_files(folder):
-        splits, passed_over = read_image_folder(folder)
+        splits, passed_over = read_image_folder(folder, needs_labels=needs_labels)
         if streaming:
             return Opened({key: _as_stream(split) for key, split in splits.items()}, passed_over)
         return Opened(dict(splits), passed_over)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from datasets import ClassLabel, Image, IterableDataset, Value
 
 from gld_zoo.training.common.errors import DataError
 from gld_zoo.training.data.columns import (
+    NoColumnError,
     features_of,
     is_text,
     listed,
@@ -19,6 +20,10 @@ from gld_zoo.training.data.columns import (
 from gld_zoo.training.data.image_folder import sort_names
 from gld_zoo.training.data.opening import find_folder, open_dataset, own_names, pick_splits
 from gld_zoo.training.data.rows import Rows, Table
+
+NO_LABEL = "no_label"
+MEASURED = ("test", "validation")  # splits to measure on, by their usual names
+AUTO_FRACTION = 0.2
 
 
 class ImageSource:
@@ -34,6 +39,8 @@ class ImageSource:
         image_column, label_column: Names of the columns; None takes the only one of the right type,
             or of several the one with a usual name.
         streaming: Read rows in order from where they lie instead of a local copy.
+        needs_labels: Whether there must be a column of classes; without one all images are of one
+            class that is none, and `is_labelled` is false.
 
     Raises:
         DataError: If the dataset, a split, a column or a class is not there or not usable.
@@ -47,17 +54,23 @@ class ImageSource:
         revision: str | None = None,
         train_split: str = "train",
         test_split: str | None = None,
-        test_fraction: float = 0.0,
+        test_fraction: float | Literal["auto"] = 0.0,
         image_column: str | None = None,
         label_column: str | None = None,
         streaming: bool = False,
+        needs_labels: bool = True,
     ) -> None:
-        opened = open_dataset(name, config, revision, streaming=streaming)
+        opened = open_dataset(
+            name, config, revision, streaming=streaming, needs_labels=needs_labels
+        )
         self.name = name
         self.folder = find_folder(name)
         self.is_folder = self.folder is not None
         self.passed_over = opened.passed_over
         self.splits = list(opened.splits)
+        if test_fraction == "auto":
+            told = test_split or any(usual in opened.splits for usual in MEASURED)
+            test_fraction = 0.0 if told else AUTO_FRACTION
         if test_fraction:
             _check_fraction(test_fraction, test_split)
             test_split = train_split
@@ -65,9 +78,16 @@ class ImageSource:
         self.test_split = "held-out" if test_fraction else test
         features = features_of(opened.splits[train])
         self.image_column, image_reason = pick_image_column(name, features, image_column)
-        self.label_column, label_reason = pick_label_column(name, features, label_column)
-        self.column_reasons = dict(image=image_reason, label=label_reason)
         tables = {split: opened.splits[split] for split in (train, test)}
+        self.is_labelled = True
+        try:
+            self.label_column, label_reason = pick_label_column(name, features, label_column)
+        except NoColumnError:
+            if needs_labels:
+                raise
+            self.is_labelled, self.label_column, label_reason = False, NO_LABEL, "none"
+            tables = {split: _without_labels(table) for split, table in tables.items()}
+        self.column_reasons = dict(image=image_reason, label=label_reason)
         names = {
             split: self._names_in(table, opened.files.get(split)) for split, table in tables.items()
         }
@@ -82,7 +102,7 @@ class ImageSource:
     def _class_names(self, found: dict[Any, str]) -> list[str]:
         """Return the training split's class names in order, of which there must be two."""
         names = list(found.values())
-        if len(names) < 2:
+        if len(names) < 2 and self.is_labelled:
             raise DataError(
                 f"{self.name} has one class alone ({', '.join(names) or 'none'}) in column "
                 f"{self.label_column!r}, and a classifier needs two; name another by label_column"
@@ -133,6 +153,14 @@ class ImageSource:
             )
 
 
+def _without_labels(table: Table) -> Table:
+    """Return a table with a column of one class, which stands for none."""
+    if isinstance(table, IterableDataset):
+        raise DataError("a stream without classes is not supported; use streaming: false")
+    classes = [0] * len(table)
+    return table.add_column(NO_LABEL, classes, feature=ClassLabel(names=["unlabelled"]))
+
+
 def _check_fraction(fraction: float, test_split: str | None) -> None:
     if not 0 <= fraction < 1:
         raise DataError(f"test_fraction={fraction} must be at least 0 and below 1")
@@ -156,6 +184,7 @@ def open_source(options: Any) -> ImageSource:
         image_column=options.image_column,
         label_column=options.label_column,
         streaming=getattr(options, "streaming", False),
+        needs_labels=getattr(options, "needs_labels", True),
     )
 
 

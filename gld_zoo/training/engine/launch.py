@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,11 @@ from gld_zoo.training.engine.task import Task
 from gld_zoo.training.engine.trainer import Trainer
 from gld_zoo.training.runs.run_folder import RunFolder
 
+Kind = Callable[[Any, Accelerator], Task]
+
 
 def launch(
-    kind: type[Task],
+    kind: Kind,
     options: type[Options],
     description: str,
     arguments: list[str],
@@ -39,7 +41,7 @@ def launch(
     """Run a command line; a mistake ends the program with one line that names it.
 
     Args:
-        kind: What is trained.
+        kind: Makes what is trained of a recipe and an accelerator.
         options: Its recipe's class.
         description: For `--help`.
         arguments: The command line.
@@ -60,7 +62,7 @@ def go_on(error: OSError) -> None:
     )
 
 
-def run_command(kind: type[Task], command: Command[Any]) -> None:
+def run_command(kind: Kind, command: Command[Any]) -> None:
     """Run what a command line asks for; a mistake ends the program with one line that names it."""
     try:
         run(kind, command.recipe, command.run, resume=command.resume)
@@ -87,7 +89,7 @@ def full_gpu(error: torch.OutOfMemoryError, recipe: Options) -> str:
     )
 
 
-def run(kind: type[Task], recipe: Options, folder: Path, *, resume: bool = False) -> None:
+def run(kind: Kind, recipe: Options, folder: Path, *, resume: bool = False) -> None:
     """Run a recipe in a folder and tell what came of it."""
     check_trackers(recipe.trackers)
     accelerator = Accelerator(

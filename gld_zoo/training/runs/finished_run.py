@@ -42,6 +42,12 @@ class FinishedRun:
                 f"{path} was finished by a version that did not record its teacher; delete its "
                 "summary.json and resume it"
             )
+        if "top1" not in summary:
+            raise RunError(
+                f"{path} was trained without labels, so it holds a backbone and no classifier to "
+                f"describe; gld-zoo probe --model {path} measures it on a dataset with classes, "
+                "and timm.models.push_to_hf_hub publishes it"
+            )
         return cls(path, recipe, summary, environment)
 
     @property

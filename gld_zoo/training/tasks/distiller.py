@@ -41,10 +41,11 @@ class Distiller(Task):
         recipe, accelerator = self.recipe, self.accelerator
         self.source = open_source(recipe)
         self.empty: list[str] = []
-        self.models = build_models(recipe, self.source.label_names, accelerator)
+        names = self.source.label_names if self.source.is_labelled else []
+        self.models = build_models(recipe, names, accelerator)
         self.student, self.teacher = self.models.student, self.models.teacher
         self.config = self.models.config
-        self.criterion = build_loss(recipe)
+        self.criterion = self.build_loss(recipe)
         if recipe.compile and accelerator.num_processes == 1:  # not through collectives
             self.criterion.compile()
         data = load_data(self.source, recipe, self.config, accelerator.device, share)
@@ -61,6 +62,20 @@ class Distiller(Task):
             self.empty = check_classes(self.source, allowed=recipe.allow_empty_classes)
         self.source_digests = dict(classes=_digest(self.source.label_names), labels=_digest(labels))
         return data, self.student, self.models.network
+
+    def build_loss(self, recipe: Recipe) -> nn.Module:
+        """Return the loss that a recipe's weights make, its relation over all processes' images."""
+        return GLDLoss(
+            recipe.alpha,
+            recipe.relation_weight,
+            local_weight=recipe.local_weight,
+            global_batch=True,
+            temperature=recipe.temperature,
+            standardise=recipe.standardise,
+            disagreement=recipe.disagreement,
+            ce_weight=recipe.ce_weight,
+            global_weight=recipe.global_weight,
+        )
 
     def set_training_mode(self) -> None:
         """Set the student to training; what is frozen of it stays in eval mode."""
@@ -182,7 +197,7 @@ class Distiller(Task):
         )
         if self.data.val:
             self.accelerator.wait_for_everyone()
-            more["best_top1"] = self._measure_best(run)
+            more[f"best_{self.metric}"] = self._measure_best(run)
         return more
 
     def made_of(self) -> dict[str, Any]:
@@ -203,11 +218,11 @@ class Distiller(Task):
         if best is None or missing.item():
             self.accelerator.print(f"best/ is not measured: {reason}")
             return None
-        return self._score(best, self.data.test)["top1"]
+        return self.measure(best, self.data.test)[self.metric]
 
     def write(self, model: nn.Module, folder: Path) -> None:
         """Write a student to a folder, as timm loads it."""
-        names = self.source.label_names
+        names = self.source.label_names if self.source.is_labelled else None
         save_pretrained(model, folder, label_names=names, data_config=self.config)
 
 
@@ -229,21 +244,6 @@ def check_classes(source: ImageSource, *, allowed: bool) -> list[str]:
             f"({listed(empty)}); add some, remove the classes, or set allow_empty_classes: true"
         )
     return empty
-
-
-def build_loss(recipe: Recipe) -> GLDLoss:
-    """Return the loss that a recipe's weights make, its relation over all processes' batches."""
-    return GLDLoss(
-        recipe.alpha,
-        recipe.relation_weight,
-        local_weight=recipe.local_weight,
-        global_batch=True,
-        temperature=recipe.temperature,
-        standardise=recipe.standardise,
-        disagreement=recipe.disagreement,
-        ce_weight=recipe.ce_weight,
-        global_weight=recipe.global_weight,
-    )
 
 
 def smooth(target: torch.Tensor, classes: int, share: float) -> torch.Tensor:

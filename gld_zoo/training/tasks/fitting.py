@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,7 +89,9 @@ def fit_head(
     width = teacher.layout.values.shape[1]
     remedy = "train a teacher on them instead (teacher: null, finetune: classifier)"
     check_features_fit(width, len(rows), views=1, remedy=remedy)
-    features = global_features(teacher, batches, len(rows), accelerator)[:, None]
+    features = of_all_processes(
+        lambda images: teacher.features(images)[:, 0], batches, len(rows), accelerator
+    )[:, None]
     if not accelerator.is_main_process:
         return None
     labels = rows.labels()
@@ -103,12 +106,22 @@ def fit_head(
 
 
 @torch.no_grad()
-def global_features(
-    teacher: Teacher, batches: EvalBatches, count: int, accelerator: Accelerator
+def of_all_processes(
+    features: Callable[[torch.Tensor], torch.Tensor],
+    batches: EvalBatches,
+    count: int,
+    accelerator: Accelerator,
 ) -> torch.Tensor:
-    """Return a teacher's global features `[N, D]` of a split, of all processes, on the CPU."""
+    """Return features `[N, D]` of the N images of a split, in order, on the CPU.
+
+    Args:
+        features: Maps images to theirs `[B, D]`.
+        batches: This process's share of the split.
+        count: N.
+        accelerator: Of the run.
+    """
     share = Share(accelerator.process_index, accelerator.num_processes)
-    own = torch.cat([teacher.features(images)[:, 0] for images, *_ in batches])
+    own = torch.cat([features(images) for images, *_ in batches])
     whole = own.new_zeros(count, own.shape[1])
     whole[share.of(torch.arange(count))] = own
     return accelerator.reduce(whole).cpu()
