@@ -40,6 +40,7 @@ TRAINING_COMMANDS = dict(
     draw=TrainingCommand("draw what a detector or a segmenter finds in images", "train"),
     export=TrainingCommand("make a folder for the hub of a finished run, and push it", "train"),
     data=TrainingCommand("what a run would read of a dataset", "train"),
+    store=TrainingCommand("keep what a teacher answers: build, verify, info", "train"),
 )
 
 

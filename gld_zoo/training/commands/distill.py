@@ -10,18 +10,9 @@ Precision, devices and process count are Accelerate's. Options: `--help`.
 
 from __future__ import annotations
 
-from accelerate import Accelerator
-
 from gld_zoo.training.config.recipe import Recipe
 from gld_zoo.training.engine.launch import launch
-from gld_zoo.training.tasks.distiller import Distiller
-from gld_zoo.training.tasks.relations import RelationDistiller
-
-
-def task_of(recipe: Recipe, accelerator: Accelerator) -> Distiller:
-    """Return what a recipe trains."""
-    kind = RelationDistiller if recipe.teaches_relations else Distiller
-    return kind(recipe, accelerator)
+from gld_zoo.training.tasks.relations import task_of
 
 
 def cli(arguments: list[str], prog: str | None = None) -> None:

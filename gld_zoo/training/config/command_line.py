@@ -52,15 +52,31 @@ def parse_command(
         help="go on from the run folder's newest checkpoint, if any; its recipe need not be given",
     )
     kind.add_to(parser)
-    namespace = parser.parse_args(configs_first(_with_saved_recipe(argv), prog))
-    configs = namespace.pop("config") or []
-    values = namespace.as_dict()
-    run, resume = values.pop("run"), values.pop("resume")
+    values = parser.parse_args(configs_first(_with_saved_recipe(argv), prog)).as_dict()
+    configs, run, resume = values.pop("config") or [], values.pop("run"), values.pop("resume")
+    recipe = _made(kind, values, parser)
+    return Command(recipe, Path(run or default_run(recipe, configs)), resume)
+
+
+def parse_recipe(
+    kind: type[Kind], description: str, argv: list[str], prog: str | None = None
+) -> Kind:
+    """Read a recipe as `parse_command` does, for a command that makes no run."""
+    parser = ArgumentParser(
+        prog=prog, description=description, parser_mode=MODE, allow_abbrev=False
+    )
+    add_config(parser)
+    kind.add_to(parser)
+    values = parser.parse_args(configs_first(argv)).as_dict()
+    del values["config"]
+    return _made(kind, values, parser)
+
+
+def _made(kind: type[Kind], values: dict[str, Any], parser: ArgumentParser) -> Kind:
     try:
-        recipe = kind(**values)
+        return kind(**values)
     except ValueError as error:
         parser.error(str(error))
-    return Command(recipe, Path(run or default_run(recipe, configs)), resume)
 
 
 def add_config(parser: ArgumentParser) -> None:

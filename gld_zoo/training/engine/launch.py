@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -64,12 +64,25 @@ def go_on(error: OSError) -> None:
 
 def run_command(kind: Kind, command: Command[Any]) -> None:
     """Run what a command line asks for; a mistake ends the program with one line that names it."""
-    try:
+    remedy = "mend the disk and go on with --resume, or name another --run"
+    with mistakes_told(command.recipe, remedy):
         run(kind, command.recipe, command.run, resume=command.resume)
+
+
+@contextlib.contextmanager
+def mistakes_told(recipe: Options, remedy: str) -> Iterator[None]:
+    """End the program at a mistake, with one line that names it.
+
+    Args:
+        recipe: Whose options are ways out of a GPU that is full.
+        remedy: What a line on a disk that refuses advises.
+    """
+    try:
+        yield
     except DiskError as error:
-        sys.exit(f"error: {error}; mend the disk and go on with --resume, or name another --run")
+        sys.exit(f"error: {error}; {remedy}")
     except torch.OutOfMemoryError as error:
-        sys.exit(f"error: {full_gpu(error, command.recipe)}")
+        sys.exit(f"error: {full_gpu(error, recipe)}")
     except TrainingError as error:
         sys.exit(f"error: {error}")
 
@@ -92,18 +105,8 @@ def full_gpu(error: torch.OutOfMemoryError, recipe: Options) -> str:
 def run(kind: Kind, recipe: Options, folder: Path, *, resume: bool = False) -> None:
     """Run a recipe in a folder and tell what came of it."""
     check_trackers(recipe.trackers)
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # else it would start no processes on CPUs
-        # one machine may still download what another has
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=30))],
-        log_with=list(recipe.trackers) or None,
-        project_dir=folder,
-    )
-    check_accelerator(accelerator)
-    set_up_device(accelerator, recipe.threads)
+    accelerator = begin(recipe, log_with=list(recipe.trackers) or None, project_dir=folder)
     say = accelerator.print
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()  # nobody watches
     opened = RunFolder(folder, recipe, resume=resume)
     if opened.finished:
         say(f"{folder} holds a finished run; nothing to resume")
@@ -123,6 +126,29 @@ def run(kind: Kind, recipe: Options, folder: Path, *, resume: bool = False) -> N
             raise
         say(f"stopped by {interruption.cause} before training; nothing was lost")
     accelerator.end_training()
+
+
+def begin(recipe: Options, **options: Any) -> Accelerator:
+    """Return Accelerate's processes, set up as a recipe and its devices ask for.
+
+    Args:
+        recipe: Of which the threads count.
+        **options: Accelerate's.
+
+    Raises:
+        RunError: If Accelerate is configured to what cannot be.
+    """
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # else it would start no processes on CPUs
+        # one machine may still download what another has
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=30))],
+        **options,
+    )
+    check_accelerator(accelerator)
+    set_up_device(accelerator, recipe.threads)
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()  # nobody watches
+    return accelerator
 
 
 def train(trainer: Trainer, interruption: Interruption, *, resume: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -54,7 +53,7 @@ class AskedOnce:
         self.known: torch.Tensor | None = None
         self.asked: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.checked: set[int] = set()
-        self.parts, self.told = 0, False
+        self.told = False
         self.refusal: str | None = self.on_main(store.begin_writing)
 
     def on_main(self, work: Callable[[], Value]) -> Value:
@@ -145,10 +144,8 @@ class AskedOnce:
             return
         numbers, rows = (torch.cat([pair[part].cpu() for pair in self.asked]) for part in (0, 1))
         self.asked = []
-        self.parts += 1
-        name = f"{self.share.rank:03d}-{os.getpid()}-{self.parts:05d}"
         try:
-            self.store.write_part(self.view, name, numbers, rows)
+            self.store.write_part(self.view, numbers, rows)
         except DiskError as error:
             self.refusal = str(error)
 
@@ -193,7 +190,7 @@ class AskedOnce:
                 seconds=round(self.seconds, 2),
                 processes=self.share.world_size,
             )
-        except DiskError as error:
+        except (DiskError, StoreError) as error:
             self.refusal = str(error)
 
     def _stopped(self) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+from accelerate import Accelerator
 
 from gld_zoo.distillation.losses import RelationLoss
 from gld_zoo.distillation.maps import global_local_features
@@ -117,3 +118,9 @@ def nearest(rows: torch.Tensor) -> torch.Tensor:
         distances[:, start : start + BLOCK].fill_diagonal_(torch.inf)
         found.append(distances.argmin(1))
     return torch.cat(found)
+
+
+def task_of(recipe: Recipe, accelerator: Accelerator) -> Distiller:
+    """Return what a recipe trains."""
+    kind = RelationDistiller if recipe.teaches_relations else Distiller
+    return kind(recipe, accelerator)

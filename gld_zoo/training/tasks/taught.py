@@ -62,12 +62,15 @@ class TaughtBy:
         self.head: dict[str, Any] = {}
         self.asked: AskedOnce | None = None
 
-    def prepare(self, folder: Path, score: Callable[[Predict, EvalBatches], float]) -> None:
+    def prepare(
+        self, folder: Path, score: Callable[[Predict, EvalBatches], float] | None = None
+    ) -> None:
         """Fit its head, open its store, and measure it unless a checkpoint has told its score.
 
         Args:
             folder: The run's.
-            score: Returns the top-1 of what maps images to logits `[B, K]` on a split.
+            score: Returns the top-1 of what maps images to logits `[B, K]` on a split; None does
+                not measure it.
 
         Raises:
             DataError: If a head cannot be fitted to the images.
@@ -78,7 +81,8 @@ class TaughtBy:
         store, answers = open_store(self.run) if recipe.keeps_answers else (None, None)
         if self.teacher.kind == "fit":
             self._take_head(folder, store)
-        self._measure(score)
+        if score is not None:
+            self._measure(score)
         names = dict(bf16=torch.bfloat16, fp16=torch.float16)
         self.teacher.keep_in(names.get(accelerator.mixed_precision))
         if store is not None and answers is not None:
@@ -188,7 +192,7 @@ class TaughtBy:
             )
         if self.top1 is not None:
             line += f": top-1 {self.top1:.2f} %"
-        else:
+        elif self.teacher.kind == "none":
             line += ": its classes are not used, the relations of its features teach"
         if self.cells:
             line += ", of its cells alone " + " ".join(f"{top1:.1f}" for top1 in self.cells)

@@ -17,8 +17,9 @@ DTYPES = dict(float16=torch.float16, float32=torch.float32)
 class Answers:
     """How the rows `[B, 1+L, W]` of a teacher are kept.
 
-    The global row is left out where it is the mean of one grid's cells, those from `first` up to
-    `end`, counted without it.
+    In float16 the global row is left out where it is the mean of one grid's cells, those from
+    `first` up to `end`, counted without it. In float32 all rows are kept, so that they are to the
+    bit what the teacher answered.
 
     Args:
         what: Which of its rows.
@@ -81,7 +82,7 @@ def choose_answers(teacher: Any, grid: Grid, classes: int, dtype: str) -> Answer
     features = teacher.kind == "none" or width <= classes
     grids, first = grids_of(grid), 0
     span = (0, 0)
-    if features or teacher.head_is_affine():
+    if dtype == "float16" and (features or teacher.head_is_affine()):
         for side in grids:
             if not any(length % side for length in size):
                 span = (first, first + side * side)

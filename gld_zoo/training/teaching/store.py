@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -167,14 +168,15 @@ class Store:
             if self.path(view).is_file():
                 os.replace(self.path(view), self.path(view).with_suffix(".damaged"))
 
-    def write_part(self, view: int, name: str, numbers: torch.Tensor, rows: torch.Tensor) -> None:
+    def write_part(self, view: int, numbers: torch.Tensor, rows: torch.Tensor) -> None:
         """Write rows `[n, R, W]` of some images, by their numbers `[n]`, of a view.
 
         Raises:
             DiskError: If the disk refuses; what was written before is untouched.
         """
         tensors = dict(numbers=numbers.contiguous(), rows=rows.contiguous())
-        path = self.folder / PARTS / f"view-{view:03d}-{name}.safetensors"
+        # a name that no other process has had, whatever its number
+        path = self.folder / PARTS / f"view-{view:03d}-{uuid.uuid4().hex}.safetensors"
         with replacing(path) as temporary:
             save_file(tensors, temporary, metadata={"sha256": _digest(tensors)})
 
@@ -208,10 +210,17 @@ class Store:
 
         Raises:
             DiskError: If the disk refuses; the parts are untouched.
+            StoreError: If a part has been lost.
         """
         whole = torch.empty((self.count, *self.shape), dtype=dtype)
+        have = torch.zeros(self.count, dtype=torch.bool)
         for numbers, rows in self.parts(view):
             whole[numbers] = rows
+            have[numbers] = True
+        if not have.all():
+            raise StoreError(
+                f"{self.folder} lacks {int((~have).sum())} rows of view {view}, which were there"
+            )
         with replacing(self.path(view)) as temporary:
             save_file(dict(rows=whole), temporary, metadata={"format": "pt"})
         record = dict(sha256=sha256(self.path(view)), **record)

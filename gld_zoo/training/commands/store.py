@@ -1,0 +1,160 @@
+"""Keep what a teacher answers on each view of each image, so that it is asked once.
+
+    gld-zoo store build --config photos --dataset DIR --teacher NAME --teacher_store FOLDER
+    gld-zoo store info FOLDER
+    gld-zoo store verify FOLDER --dataset DIR
+
+`build` takes the options of `gld-zoo distill`, asks for what a store lacks, and may be ended and
+begun again; runs with the same options then read it. `verify` compares each view with its hash, and
+a sample with the living teacher.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser
+from jsonargparse.typing import NonNegativeInt
+
+from gld_zoo.output import end, printing
+from gld_zoo.training.common.errors import StoreError, TrainingError
+from gld_zoo.training.config.command_line import parse_recipe
+from gld_zoo.training.config.recipe import Recipe
+from gld_zoo.training.engine.launch import begin, mistakes_told
+from gld_zoo.training.measure.tables import table
+from gld_zoo.training.tasks.store_work import build_store, check_rows
+from gld_zoo.training.teaching.store import Store
+
+
+@printing(failed=end)
+def cli(arguments: list[str], prog: str | None = None) -> None:
+    """Run the command line; a mistake ends the program with one line that names it."""
+    actions = dict(build=build, verify=verify, info=info)
+    action, *options = arguments or ["--help"]
+    if action in actions:
+        actions[action](options, f"{prog or 'store'} {action}")
+        return
+    known = ", ".join(actions)
+    print(f"{__doc__}\nactions: {known}, each with --help")
+    if action not in ("-h", "--help"):
+        sys.exit(f"error: {action!r} is none of {known}")
+
+
+def build(arguments: list[str], prog: str) -> None:
+    """Ask a recipe's teacher for what its store lacks."""
+    recipe = parse_recipe(
+        Recipe, "Ask a teacher once for each view of each image.", arguments, prog
+    )
+    with mistakes_told(recipe, "make room and begin again, or name another teacher_store"):
+        if recipe.teacher_store is None:
+            recipe = _with_store(recipe)
+        accelerator = begin(recipe)
+        store = build_store(recipe, accelerator)
+        if accelerator.is_main_process:
+            print(table(facts_of(store)))
+        accelerator.end_training()
+
+
+def _with_store(recipe: Recipe) -> Recipe:
+    try:
+        return dataclasses.replace(recipe, teacher_store="auto")
+    except ValueError as error:  # as of views that are not set
+        raise StoreError(str(error)) from error
+
+
+def info(arguments: list[str], prog: str) -> None:
+    """Print what a store holds."""
+    parser = ArgumentParser(prog=prog, description="Tell what a store holds and what it took.")
+    parser.add_argument("folder", type=Path, help="the store's folder")
+    parser.add_argument("--json", action="store_true", help="print as JSON")
+    options = parser.parse_args(arguments)
+    try:
+        store = Store.read(options.folder)
+    except TrainingError as error:
+        sys.exit(f"error: {error}")
+    facts = facts_of(store)
+    print(
+        json.dumps(dict(facts, made_of=store.info["made_of"]), indent=2)
+        if options.json
+        else table(facts)
+    )
+
+
+def facts_of(store: Store) -> dict[str, Any]:
+    """Return what people want to know of a store."""
+    made_of, complete = store.info["made_of"], store.complete()
+    what, dtype, shape = made_of["kept"]
+    records = [store.record(view) or {} for view in complete]
+    return dict(
+        store=str(store.folder),
+        teacher=store.info["teacher"],
+        head=made_of["head"]["kind"],
+        dataset=store.info["dataset"],
+        images=store.count,
+        views=f"{len(complete)} of {store.views} complete",
+        rows=f"{shape[0]} of {shape[1]} {what} in {dtype} an image",
+        size=f"{store.bytes() / 2**20:.1f} MiB",
+        asked=f"{sum(record.get('seconds', 0) for record in records):.0f} s of the teacher's time",
+    )
+
+
+def verify(arguments: list[str], prog: str) -> None:
+    """Compare a store with its hashes and with its teacher; exit with 1 if they differ."""
+    parser = ArgumentParser(
+        prog=prog, description="Compare a store with its hashes, and with the living teacher."
+    )
+    parser.add_argument("folder", type=Path, help="the store's folder")
+    parser.add_argument("--dataset", type=str | None, help="null: where it was when it was made")
+    parser.add_argument("--teacher", type=str | None, help="null: likewise")
+    parser.add_argument(
+        "--sample",
+        type=NonNegativeInt,
+        default=32,
+        help="images of each view to ask the teacher for; 0: none",
+    )
+    options = parser.parse_args(arguments)
+    try:
+        store = Store.read(options.folder)
+        good = _compare_hashes(store)
+        if good and options.sample:
+            good = _compare_rows(store, options)
+    except TrainingError as error:
+        sys.exit(f"error: {error}")
+    if not good:
+        remedy = "gld-zoo store build makes the views named anew"
+        sys.exit(f"error: the store is not what was written; {remedy}")
+
+
+def _compare_hashes(store: Store) -> bool:
+    good = True
+    for view in store.complete():
+        try:
+            store.check(view)
+            store.rows(view)
+            print(f"view {view + 1} of {store.views}: whole")
+        except StoreError as error:
+            good = False
+            print(f"view {view + 1} of {store.views}: {error}")
+    return good
+
+
+def _compare_rows(store: Store, options: Any) -> bool:
+    try:
+        recipe = Recipe(**store.info["recipe"])
+    except (TypeError, ValueError) as error:
+        raise StoreError(f"{store.folder} was made by another version ({error})") from error
+    changes = {name: value for name in ("dataset", "teacher") if (value := options[name])}
+    precision = store.info["made_of"]["precision"]
+    accelerator = begin(dataclasses.replace(recipe, **changes), mixed_precision=precision)
+    good = True
+    for view, difference, same in check_rows(
+        store, dataclasses.replace(recipe, **changes), accelerator, options.sample
+    ):
+        good &= same
+        verdict = "as the teacher answers now" if same else "not what the teacher answers"
+        print(f"view {view + 1} of {store.views}: {verdict} (largest difference {difference:.1e})")
+    return good

@@ -1,0 +1,167 @@
+"""A teacher's store on the disk: whole views or none, hashes, parts, and whose it is."""
+
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gld_zoo.training.common.errors import StoreError
+from gld_zoo.training.teaching.key import key_of
+from gld_zoo.training.teaching.store import Store
+
+COUNT, SHAPE = 10, (4, 3)
+
+
+def info(**made_of):
+    made_of = dict(dict(views=2, teacher="abc"), **made_of)
+    return dict(key=key_of(made_of), images=COUNT, shape=list(SHAPE), made_of=made_of)
+
+
+@pytest.fixture
+def store(tmp_path):
+    opened = Store.open(tmp_path / "store", info())
+    assert opened.begin_writing() is None
+    return opened
+
+
+def rows(view=0):
+    return torch.arange(COUNT * 12).reshape(COUNT, *SHAPE).half() + 100 * view
+
+
+def fill(store, view=0):
+    for part in torch.arange(COUNT).split(4):
+        store.write_part(view, part, rows(view)[part])
+    store.join(view, torch.float16, seconds=1.0)
+
+
+def test_a_view_is_complete_once_it_is_joined(store):
+    assert store.complete() == []
+    store.write_part(0, torch.tensor([3, 1]), rows()[[3, 1]])
+    assert store.missing(0).tolist() == [0, 2, 4, 5, 6, 7, 8, 9]
+    assert store.missing(1).tolist() == list(range(COUNT))
+    assert store.complete() == []
+    rest = store.missing(0)
+    store.write_part(0, rest, rows()[rest])
+    store.join(0, torch.float16, seconds=2.5)
+    assert store.complete() == [0]
+    assert store.record(0)["seconds"] == 2.5
+    assert torch.equal(store.rows(0), rows())
+    assert not list((store.folder / "parts").iterdir())
+    store.check(0)
+    again = Store.read(store.folder)
+    assert torch.equal(again.rows(0), rows())
+
+
+def test_the_newest_part_counts(store):
+    store.write_part(0, torch.arange(COUNT), rows(1))
+    (path,) = (store.folder / "parts").iterdir()
+    os.utime(path, (1, 1))
+    store.write_part(0, torch.tensor([2]), rows()[[2]])
+    store.join(0, torch.float16)
+    assert torch.equal(store.rows(0)[2], rows()[2])
+    assert torch.equal(store.rows(0)[3], rows(1)[3])
+
+
+def test_a_view_of_which_a_part_is_lost_is_not_complete(store):
+    store.write_part(0, torch.arange(4), rows()[:4])
+    with pytest.raises(StoreError, match="lacks 6 rows of view 0"):
+        store.join(0, torch.float16)
+    assert store.complete() == []
+
+
+@pytest.mark.parametrize("fault", ["flipped", "cut", "empty", "no parts"])
+def test_a_part_that_is_damaged_is_as_if_it_were_not_there(store, fault):
+    store.write_part(0, torch.arange(4), rows()[:4])
+    (path,) = (store.folder / "parts").iterdir()
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    changed = dict(flipped=bytes(content), cut=bytes(content[:-5]), empty=b"")
+    if fault == "no parts":
+        path.unlink()
+    else:
+        path.write_bytes(changed[fault])
+    assert len(store.missing(0)) == COUNT
+
+
+def test_every_flipped_bit_of_a_view_is_found(store):
+    fill(store)
+    path = store.path(0)
+    content = path.read_bytes()
+    for place in range(len(content)):
+        changed = bytearray(content)
+        changed[place] ^= 1 << place % 8
+        path.write_bytes(changed)
+        with pytest.raises(StoreError, match="is damaged"):
+            store.check(0)
+    path.write_bytes(content)
+    store.check(0)
+
+
+@pytest.mark.parametrize("lost", ["view-000.json", "view-000.safetensors"])
+def test_half_a_view_is_none(store, lost):
+    fill(store)
+    (store.folder / lost).unlink()
+    assert store.complete() == []
+    fill(store)  # and it can be made anew
+    assert store.complete() == [0]
+
+
+def test_a_view_whose_record_is_cut_is_none(store):
+    fill(store)
+    path = store.path(0).with_suffix(".json")
+    path.write_text(path.read_text()[:20])
+    assert store.complete() == []
+
+
+def test_a_damaged_view_is_set_aside(store):
+    fill(store)
+    store.forget(0)
+    assert store.complete() == []
+    assert store.path(0).with_suffix(".damaged").is_file()
+
+
+def test_a_view_of_other_rows_under_its_name_is_refused(store):
+    fill(store)
+    record = json.loads(store.path(0).with_suffix(".json").read_text())
+    other = Store(store.folder, dict(info(), images=COUNT + 1))
+    assert other.record(0) == record
+    with pytest.raises(StoreError, match="not those of 11 images"):
+        other.rows(0)
+
+
+def test_a_store_of_other_rows_is_refused_with_what_differs(store):
+    with pytest.raises(StoreError, match=r"other rows.*teacher: abc there, xyz here.*or auto"):
+        Store.open(store.folder, info(teacher="xyz"))
+
+
+def test_a_folder_of_other_files_is_refused(tmp_path):
+    (tmp_path / "letter.txt").write_text("dear")
+    with pytest.raises(StoreError, match="no teacher's store and not empty"):
+        Store.open(tmp_path, info())
+    assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"made_of": {}, "key": "x"}'])
+def test_a_damaged_description_is_named_and_nothing_is_read(store, content):
+    (store.folder / "store.json").write_text(content)
+    for read in (lambda: Store.read(store.folder), lambda: Store.open(store.folder, info())):
+        with pytest.raises(StoreError, match=r"store.json is damaged"):
+            read()
+
+
+def test_a_folder_without_a_store_is_told_of(tmp_path):
+    with pytest.raises(StoreError, match="gld-zoo store build makes one"):
+        Store.read(tmp_path)
+
+
+def test_what_decides_a_row_decides_the_key():
+    keys = {key_of(info(**{name: 1})["made_of"]) for name in ("teacher", "views", "torch", "grid")}
+    assert len(keys) == 4
+
+
+def test_rows_are_read_from_the_disk_as_they_are_used(store):
+    fill(store)
+    whole = load_file(store.path(0))["rows"]
+    assert torch.equal(store.rows(0)[[7, 2]], whole[[7, 2]])
