@@ -10,11 +10,42 @@ Precision, devices and process count are Accelerate's. Options: `--help`.
 
 from __future__ import annotations
 
+import argparse
+import os
+
 from gld_zoo.training.config.recipe import Recipe
+from gld_zoo.training.data.opening import is_image_folder
 from gld_zoo.training.engine.launch import launch
 from gld_zoo.training.tasks.relations import task_of
+
+PHOTOS = "photos"
 
 
 def cli(arguments: list[str], prog: str | None = None) -> None:
     """Run the command line; a mistake ends the program with one line that names it."""
+    if teaches_photographs(arguments):
+        arguments = ["--config", PHOTOS, *arguments]
+        if os.environ.get("RANK", "0") == "0":
+            print(
+                f"a folder of images: options that are not given are those of recipe {PHOTOS} "
+                f"(gld-zoo info {PHOTOS} shows them, --config names another)"
+            )
     launch(task_of, Recipe, __doc__.splitlines()[0], arguments, prog)
+
+
+def teaches_photographs(arguments: list[str]) -> bool:
+    """Tell whether a teacher without the dataset's classes is given a plain folder of images.
+
+    The defaults are the paper's, of small images of 100 classes; whoever has photographs of their
+    own wants others.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("config", "dataset", "teacher_head", "run"):
+        parser.add_argument(f"--{name}", nargs="?")
+    parser.add_argument("--resume", action="store_true")
+    given, _ = parser.parse_known_args(arguments)
+    if given.config or given.teacher_head not in ("fit", "none") or not given.dataset:
+        return False
+    if given.resume and given.run and os.path.isfile(os.path.join(given.run, "recipe.yaml")):
+        return False  # it goes on with its own
+    return is_image_folder(given.dataset)

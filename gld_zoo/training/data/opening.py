@@ -149,6 +149,12 @@ def _unusable(name: str, folder: Path | None, error: Exception) -> DataError:
     )
 
 
+def is_image_folder(name: str) -> bool:
+    """Tell whether a dataset's name means a folder of images, without tables or metadata."""
+    folder = find_folder(name)
+    return folder is not None and not has_data_files(folder)
+
+
 def is_saved(folder: Path) -> bool:
     """Tell whether a folder was written by `save_to_disk`."""
     return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()

@@ -24,7 +24,7 @@ from gld_zoo.training.build.create import create_frozen, create_student
 from gld_zoo.training.build.refusals import check_lone_image
 from gld_zoo.training.build.run_models import build_models
 from gld_zoo.training.build.teacher import Teacher
-from gld_zoo.training.commands.distill import cli
+from gld_zoo.training.commands.distill import cli, teaches_photographs
 from gld_zoo.training.common.errors import ModelError, NonFiniteLossError
 from gld_zoo.training.config.recipe import Recipe
 from gld_zoo.training.engine.totals import Totals
@@ -636,3 +636,60 @@ def test_a_frozen_batch_norm_takes_one_image(tmp_path):
     assert not any(module.training for module in models.network.modules())
     with pytest.raises(ModelError, match="batch_size=1 leaves a process one image"):
         build_models(replace(recipe, finetune="all"), list("abcd"), machine)
+
+
+@pytest.mark.slow
+def test_a_folder_of_photographs_is_taught_by_one_command(rows, tmp_path, distill):
+    """Plain class folders, a teacher of other classes, and nothing else said."""
+    names = FEATURES["fine_label"].names
+    for number, (image, label) in enumerate(
+        zip(rows["train"]["img"], rows["train"]["fine_label"], strict=True)
+    ):
+        place = tmp_path / "photos" / names[label]
+        place.mkdir(parents=True, exist_ok=True)
+        (place / f"{number}.png").write_bytes(image["bytes"])
+    teacher = timm.create_model("mobilenetv3_small_050", num_classes=7)
+    save_pretrained(teacher, tmp_path / "teacher")
+    options = ["--teacher", f"local-dir:{tmp_path / 'teacher'}", "--teacher_head", "fit"]
+    options += ["--student", "gld_wrn16_1", "--dataset", tmp_path / "photos"]
+    # what a test can wait for
+    options += ["--epochs", 1, "--image_size", 32, "--batch_size", 16, "--workers", 0]
+    options += ["--threads", 1, "--teacher_store", tmp_path / "store"]
+    output = distill(*options, "--run", tmp_path / "run")
+    told = [
+        "options that are not given are those of recipe photos",
+        "64 training and 16 test images",
+        "fitting a linear head",
+        "its head fitted to 64 training images",
+        "teacher's store",
+        "0 of 4 views complete",
+        "student gld_wrn16_1 on 32x32 images, pretrained",
+        "view 1 of 4 is kept",
+    ]
+    for words in told:
+        assert words in output
+    recipe = Recipe.load(tmp_path / "run" / "recipe.yaml")
+    assert (recipe.crop, recipe.schedule, recipe.teacher_size) == ("resized", "cosine", "own")
+    distill(*options, "--run", tmp_path / "run", "--resume")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--dataset", "FOLDER", "--teacher_head", "fit"], True),
+        (["--dataset=FOLDER", "--teacher_head=none"], True),
+        (["--dataset", "FOLDER"], False),
+        (["--dataset", "FOLDER", "--teacher_head", "fit", "--config", "quickstart"], False),
+        (
+            ["--dataset", str(CHECKOUT / "gld_zoo/data/cifar100_mini"), "--teacher_head", "fit"],
+            False,
+        ),
+        (["--dataset", "uoft-cs/cifar100", "--teacher_head", "fit"], False),
+        (["--teacher_head", "fit"], False),
+    ],
+)
+def test_recipe_photos_is_for_folders_of_images_alone(tmp_path, options, expected):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    options = [word.replace("FOLDER", str(folder)) for word in options]
+    assert teaches_photographs(options) is expected
