@@ -11,6 +11,7 @@ a sample with the living teacher.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import sys
@@ -34,14 +35,12 @@ from gld_zoo.training.teaching.store import Store
 def cli(arguments: list[str], prog: str | None = None) -> None:
     """Run the command line; a mistake ends the program with one line that names it."""
     actions = dict(build=build, verify=verify, info=info)
-    action, *options = arguments or ["--help"]
-    if action in actions:
-        actions[action](options, f"{prog or 'store'} {action}")
-        return
-    known = ", ".join(actions)
-    print(f"{__doc__}\nactions: {known}, each with --help")
-    if action not in ("-h", "--help"):
-        sys.exit(f"error: {action!r} is none of {known}")
+    parser = argparse.ArgumentParser(
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("action", choices=list(actions), help="what to do; --help behind it")
+    action = parser.parse_args(arguments[:1]).action
+    actions[action](arguments[1:], f"{parser.prog} {action}")
 
 
 def build(arguments: list[str], prog: str) -> None:

@@ -68,9 +68,7 @@ class ImageSource:
         self.is_folder = self.folder is not None
         self.passed_over = opened.passed_over
         self.splits = list(opened.splits)
-        if test_fraction == "auto":
-            told = test_split or any(usual in opened.splits for usual in MEASURED)
-            test_fraction = 0.0 if told else AUTO_FRACTION
+        test_fraction = _fraction(test_fraction, test_split, opened.splits)
         if test_fraction:
             _check_fraction(test_fraction, test_split)
             test_split = train_split
@@ -151,6 +149,15 @@ class ImageSource:
                 f"{self.test.where} has {len(found)} classes that {self.train.where} has not: "
                 f"{listed(found)}; remove their rows, or add them to the training split"
             )
+
+
+def _fraction(
+    fraction: float | Literal["auto"], test_split: str | None, splits: dict[str, Table]
+) -> float:
+    """Return the share of the training split to measure on; `auto` is none where a split is."""
+    if fraction != "auto":
+        return fraction
+    return 0.0 if test_split or any(usual in splits for usual in MEASURED) else AUTO_FRACTION
 
 
 def _without_labels(table: Table) -> Table:
