@@ -73,7 +73,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, float]:
     clock.watch(trainer.task, "prepare", "start: measure the teacher")
     clock.watch(trainer, "measure_start", "start: measure the student")
     clock.watch(trainer, "finish", "end: write the model and the summary")
-    trainer.task.prepare()
+    trainer.task.prepare(run.path)
     trainer.measure_start()
     with Interruption(accelerator, max_minutes=None, checkpoint_minutes=30) as interruption:
         trainer.fit(lambda line: None, interruption)

@@ -112,6 +112,11 @@ def hundred_classes(tmp_path):
         ("data", "--seconds 0.05 --workers 0 --dataset DATASET", "batch"),
         ("relation", "--batches 4 --cells 4 --classes 10 --seconds 0.01 --no_memory", "rows"),
         ("run_costs", "--threads 1 --dataset DATASET", "epochs: train"),
+        (
+            "store",
+            "--student gld_wrn16_1 --rounds 1 --threads 1 --dataset DATASET",
+            "store / alone",
+        ),
         ("step", "--setup b --batch 4 --rounds 1 --no_memory --threads 1", "ours"),
     ],
 )

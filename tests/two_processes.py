@@ -18,11 +18,24 @@ def example(batch=8, classes=6):
     return student, teacher, target
 
 
+def wide(rank=None):
+    """Return the relation to rows of another width, and its gradient, of all rows or of a part."""
+    student, _, _ = example()
+    generator = torch.Generator().manual_seed(6)
+    teacher = torch.randn(8, 5, 11, dtype=torch.float64, generator=generator)
+    if rank is not None:
+        student, teacher = (side[rank::WORLD].clone() for side in (student, teacher))
+    student.requires_grad_()
+    value = relation(student.flatten(0, 1), teacher.flatten(0, 1), global_batch=rank is not None)
+    value.backward()
+    return value.item(), student.grad.tolist()
+
+
 def work(rank, store, queue):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
     for linear in (True, False):
         relations._linear_is_cheaper = lambda rows, classes, linear=linear: linear
-        queue.put((linear, rank, *measure(rank), normalised(rank)))
+        queue.put((linear, rank, *measure(rank), normalised(rank), wide(rank)))
     queue.close()
     queue.join_thread()
     dist.destroy_process_group()

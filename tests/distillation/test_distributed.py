@@ -15,7 +15,7 @@ from gld_zoo import GLDLoss, relation
 from gld_zoo.training.build.sync_batch_norm import SyncBatchNorm2d, synchronise_batch_norm
 from gld_zoo.training.common.errors import ModelError
 from helpers import CHECKOUT, STANDALONE
-from two_processes import WORLD, example, normalised, work
+from two_processes import WORLD, example, normalised, wide, work
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +64,19 @@ def test_relation_and_its_gradient_are_those_of_one_process(results):
 
 
 @pytest.mark.slow
+def test_relation_of_two_widths_is_that_of_one_process(results):
+    value, gradient = wide()
+    for rank, *_, (found, theirs) in results:
+        assert found == pytest.approx(value, rel=1e-12)
+        torch.testing.assert_close(
+            torch.tensor(theirs, dtype=torch.float64) / WORLD,
+            torch.tensor(gradient, dtype=torch.float64)[rank::WORLD],
+            rtol=1e-10,
+            atol=1e-14,
+        )
+
+
+@pytest.mark.slow
 def test_relation_per_process_would_be_another_number(results):
     student, teacher, _ = example()
     whole = 500 * relation(student.flatten(0, 1), teacher.flatten(0, 1)).item()
@@ -74,14 +87,14 @@ def test_relation_per_process_would_be_another_number(results):
 
 @pytest.mark.slow
 def test_unequal_row_counts_are_refused(results):
-    for *_, refusal, _ in results:
+    for *_, refusal, _, _ in results:
         assert "processes hold from 9 to 10 rows" in refusal
 
 
 @pytest.mark.slow
 def test_synchronised_batch_norm_is_that_of_all_images(results):
     expected = [torch.tensor(value) for value in normalised()]
-    for rank, *_, found in results:
+    for rank, *_, found, _ in results:
         for i, (ours, whole) in enumerate(zip(map(torch.tensor, found), expected, strict=True)):
             torch.testing.assert_close(ours, whole[rank::WORLD] if i < 2 else whole)
 
