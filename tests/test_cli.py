@@ -198,6 +198,24 @@ def test_explain_draws_the_cells_and_the_map(pictures, tmp_path, capsys):
     assert "grid=9 needs a feature map" in message
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("vit_tiny_patch16_224", dict(img_size=64, depth=2, global_pool="avg"), None),
+        ("mambaout_femto", {}, None),  # channels last
+        ("vit_tiny_patch16_224", dict(img_size=64, depth=2), "classifies its class token"),
+    ],
+)
+def test_explain_takes_every_form_of_map(pictures, tmp_path, capsys, name, options, message):
+    model = save_pretrained(timm.create_model(name, num_classes=3, **options), tmp_path / "model")
+    out = tmp_path / "out.png"
+    command = ["explain", pictures / "1.jpg", "-o", out, "--model", f"local-dir:{model}"]
+    if message:
+        assert message in run(capsys, *command, code="error")
+    else:
+        assert "pixels" in run(capsys, *command)
+
+
 @pytest.mark.parametrize("size", [(1000, 500), (450, 800)])
 @pytest.mark.parametrize(
     ("mode", "crop_pct"), [("center", 0.875), ("center", 1.0), ("squash", 0.8)]

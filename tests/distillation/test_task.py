@@ -149,3 +149,20 @@ def test_the_weights_and_the_grid_given_are_those_of_the_loss():
         result = task(images, target)
     for name, term in GLDLoss(**options)(*rows, target).items():
         torch.testing.assert_close(result[name], term)
+
+
+def test_a_transformer_teaches_a_network_of_convolutions():
+    """Its tokens are averaged cell by cell; one that classifies its class token is refused."""
+    images, target = torch.randn(4, 3, 64, 64), torch.tensor([0, 1, 2, 0])
+    options = dict(img_size=64, depth=2, num_classes=3)
+    teacher = timm.create_model("vit_tiny_patch16_224", global_pool="avg", **options).eval()
+    torch.nn.init.normal_(teacher.head.weight)
+    student = timm.create_model("gld_resnet18", num_classes=3)
+    result = GLDTask(student, teacher)(images, target)
+    result["loss"].backward()
+    assert all(value.isfinite() for value in result.values() if value.ndim == 0)
+    assert all(parameter.grad is not None for parameter in student.parameters())
+    token = timm.create_model("vit_tiny_patch16_224", **options).eval()
+    torch.nn.init.normal_(token.head.weight)
+    with pytest.raises(ValueError, match="class token"):
+        GLDTask(timm.create_model("gld_resnet18", num_classes=3), token)(images, target)
