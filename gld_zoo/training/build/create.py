@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,15 @@ def weights_sha256(model: nn.Module) -> str:
     """Return the hash of the file that `save_pretrained` writes of a model's weights."""
     tensors = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
     return hashlib.sha256(save(tensors, metadata={"format": "pt"})).hexdigest()
+
+
+def structure_sha256(model: nn.Module, weights: str) -> str:
+    """Return the hash of a model's layers, as they describe themselves, and of its weights' hash.
+
+    The same weights fit models of other paddings or activations.
+    """
+    described = re.sub(r" at 0x[0-9a-f]+", "", repr(model))  # of functions, another each time
+    return hashlib.sha256((type(model).__module__ + described + weights).encode()).hexdigest()
 
 
 def _create(role: str, name: str, device: torch.device, **kwargs: Any) -> Any:

@@ -20,6 +20,7 @@ from gld_zoo.training.build.create import (
     enable_grad_checkpointing,
     resolve_data_config,
     set_training_mode,
+    structure_sha256,
     take_size,
     weights_sha256,
 )
@@ -34,7 +35,7 @@ class Models(NamedTuple):
     """The student, the frozen teacher if any, and the module to wrap for data parallelism.
 
     `config` is timm's data config of the student, `teacher_sha256` the hash of the teacher's
-    weights.
+    weights, `teacher_identity` that of the layers which compute with them too.
     """
 
     student: nn.Module
@@ -42,6 +43,7 @@ class Models(NamedTuple):
     network: nn.Module
     config: dict[str, Any]
     teacher_sha256: str | None
+    teacher_identity: str | None = None
 
 
 def build_models(recipe: Recipe, label_names: Sequence[str], accelerator: Accelerator) -> Models:
@@ -71,9 +73,9 @@ def build_models(recipe: Recipe, label_names: Sequence[str], accelerator: Accele
         network = _wrap(student, recipe).eval()
         network(images)
     _check_batch(recipe, network, images[:1], accelerator.num_processes)
-    teacher, sha256 = None, None
+    teacher, sha256, identity = None, None, None
     if recipe.teacher:
-        teacher, sha256 = _build_teacher(recipe, label_names, config, images)
+        teacher, sha256, identity = _build_teacher(recipe, label_names, config, images)
     if recipe.compile:
         # CUDA graphs: small models are bound by the launches of their kernels
         mode = "reduce-overhead" if device.type == "cuda" else None
@@ -82,7 +84,7 @@ def build_models(recipe: Recipe, label_names: Sequence[str], accelerator: Accele
         network.compile(mode=mode)
         if teacher:
             teacher.compile(mode=mode)
-    return Models(student, teacher, network, config, sha256)
+    return Models(student, teacher, network, config, sha256, identity)
 
 
 def _wrap(student: nn.Module, recipe: Recipe) -> nn.Module:
@@ -95,11 +97,12 @@ def _wrap(student: nn.Module, recipe: Recipe) -> nn.Module:
 
 def _build_teacher(
     recipe: Recipe, label_names: Sequence[str], config: dict[str, Any], images: torch.Tensor
-) -> tuple[Teacher, str]:
-    """Return a recipe's teacher, which takes the student's images, and the hash of its weights."""
+) -> tuple[Teacher, str, str]:
+    """Return a recipe's teacher, which takes the student's images, and hashes of what it is."""
     title = f"teacher {recipe.teacher!r}"
     model: Any = create_frozen(str(recipe.teacher), images.device, role="teacher")
     sha256 = weights_sha256(model)  # before its batch norm is folded
+    identity = structure_sha256(model, sha256)
     own = recipe.teacher_head == "own"
     columns = match_classes(model, label_names, title) if own else None
     size = recipe.teacher_size
@@ -121,7 +124,7 @@ def _build_teacher(
         rows = teacher.features(images)
         if own:
             teacher.classify_rows(rows)
-    return teacher, sha256
+    return teacher, sha256, identity
 
 
 def _check_batch(recipe: Recipe, network: nn.Module, image: torch.Tensor, processes: int) -> None:

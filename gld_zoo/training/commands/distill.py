@@ -28,7 +28,7 @@ def cli(arguments: list[str], prog: str | None = None) -> None:
         if os.environ.get("RANK", "0") == "0":
             print(
                 f"a folder of images: options that are not given are those of recipe {PHOTOS} "
-                f"(gld-zoo info {PHOTOS} shows them, --config names another)"
+                f"(gld-zoo info {PHOTOS} shows them; name another by --config)"
             )
     launch(task_of, Recipe, __doc__.splitlines()[0], arguments, prog)
 

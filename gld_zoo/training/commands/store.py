@@ -86,7 +86,7 @@ def info(arguments: list[str], prog: str) -> None:
 def facts_of(store: Store) -> dict[str, Any]:
     """Return what people want to know of a store."""
     made_of, complete = store.info["made_of"], store.complete()
-    what, dtype, shape = made_of["kept"]
+    kept = made_of["kept"]
     records = [store.record(view) or {} for view in complete]
     return dict(
         store=str(store.folder),
@@ -95,7 +95,7 @@ def facts_of(store: Store) -> dict[str, Any]:
         dataset=store.info["dataset"],
         images=store.count,
         views=f"{len(complete)} of {store.views} complete",
-        rows=f"{shape[0]} of {shape[1]} {what} in {dtype} an image",
+        rows="{shape[0]} of {shape[1]} {what} in {dtype} an image".format(**kept),
         size=f"{store.bytes() / 2**20:.1f} MiB",
         asked=f"{sum(record.get('seconds', 0) for record in records):.0f} s of the teacher's time",
     )
@@ -118,30 +118,39 @@ def verify(arguments: list[str], prog: str) -> None:
     options = parser.parse_args(arguments)
     try:
         store = Store.read(options.folder)
-        good = _compare_hashes(store)
-        if good and options.sample:
-            good = _compare_rows(store, options)
+        wrong = _compare_hashes(store)
+        if not wrong and options.sample:
+            wrong = _compare_rows(store, options)
     except TrainingError as error:
         sys.exit(f"error: {error}")
-    if not good:
-        remedy = "gld-zoo store build makes the views named anew"
-        sys.exit(f"error: the store is not what was written; {remedy}")
+    if wrong:
+        sys.exit(f"error: {wrong}")
 
 
-def _compare_hashes(store: Store) -> bool:
-    good = True
-    for view in store.complete():
-        try:
-            store.check(view)
-            store.rows(view)
-            print(f"view {view + 1} of {store.views}: whole")
-        except StoreError as error:
-            good = False
-            print(f"view {view + 1} of {store.views}: {error}")
-    return good
+def _compare_hashes(store: Store) -> str | None:
+    """Print of each view if it is what was written; return what to do if one is not."""
+    complete, wrong = store.complete(), store.half_complete()
+    for view in range(store.views):
+        told = "whole"
+        if view in wrong:
+            told = f"damaged: {store.path(view)} or its JSON is not what was written"
+        elif view not in complete:
+            told = "not complete"
+        else:
+            try:
+                store.check(view)
+                store.rows(view)
+            except StoreError as error:
+                wrong.append(view)
+                told = str(error)
+        print(f"view {view + 1} of {store.views}: {told}")
+    if wrong:
+        return "the store is not what was written; gld-zoo store build makes the views named anew"
+    return None if complete else "no view is complete; gld-zoo store build makes them"
 
 
-def _compare_rows(store: Store, options: Any) -> bool:
+def _compare_rows(store: Store, options: Any) -> str | None:
+    """Print of each view how far it is from the living teacher; return what to do if it is."""
     try:
         recipe = Recipe(**store.info["recipe"])
     except (TypeError, ValueError) as error:
@@ -156,4 +165,6 @@ def _compare_rows(store: Store, options: Any) -> bool:
         good &= same
         verdict = "as the teacher answers now" if same else "not what the teacher answers"
         print(f"view {view + 1} of {store.views}: {verdict} (largest difference {difference:.1e})")
-    return good
+    return (
+        None if good else f"the rows are not this teacher's; delete {store.folder}, or name another"
+    )

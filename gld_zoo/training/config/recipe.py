@@ -281,6 +281,11 @@ class Recipe(Options):
                     f"{name}={value} needs the images' numbers, which a stream has not; use "
                     "streaming: false"
                 )
+        if self.streaming and self.teacher and self.teacher_head == "fit":
+            raise ValueError(
+                "teacher_head=fit reads the training images before they train, which a stream does "
+                "not give; use streaming: false"
+            )
         if self.views and self.views % 2 and self.flip == "alternate":
             raise ValueError(
                 f"flip=alternate mirrors every other epoch, which views={self.views} would repeat "

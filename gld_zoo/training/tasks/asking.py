@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from gld_zoo.training.build.teacher import Teacher
-from gld_zoo.training.common.errors import DiskError, StoreError
+from gld_zoo.training.common.errors import DiskError, StoreError, TrainingError
 from gld_zoo.training.data.batches import NumberedBatches, Share
 from gld_zoo.training.teaching.answers import DTYPES, Answers
 from gld_zoo.training.teaching.store import Store
@@ -26,7 +26,8 @@ class AskedOnce:
     """Gives a run the rows of its teacher, which it asks for those that are not kept.
 
     What the student learns from are the rows as they are kept, whether they were read or have just
-    been asked for, so that it makes no difference when a view became complete.
+    been asked for, so that it makes no difference when a run's own view became complete. Rows that
+    were asked for beside other images, as by another run, may differ in the last bits of float32.
 
     Args:
         teacher: Whom to ask.
@@ -35,6 +36,10 @@ class AskedOnce:
         batches: The training images.
         accelerator: Of the run; the teacher is asked in its precision.
         batch_size: Images a process shows at a time.
+        head: Hash of the head that was fitted, if one was.
+
+    Raises:
+        StoreError: If a view that is kept was answered by another head.
     """
 
     def __init__(
@@ -45,6 +50,8 @@ class AskedOnce:
         batches: NumberedBatches,
         accelerator: Accelerator,
         batch_size: int,
+        *,
+        head: str | None = None,
     ) -> None:
         self.teacher, self.store, self.answers = teacher, store, answers
         self.batches, self.accelerator, self.batch_size = batches, accelerator, batch_size
@@ -53,20 +60,43 @@ class AskedOnce:
         self.known: torch.Tensor | None = None
         self.asked: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.checked: set[int] = set()
+        self.head = head if answers.what == "logits" else None
         self.told = False
-        self.refusal: str | None = self.on_main(store.begin_writing)
+        self.refusal: str | None = "it is only read"
+        self.on_main(self._check_heads)
+
+    def begin_writing(self) -> None:
+        """Take the store for this run to write, if that can be."""
+        self.refusal = self.on_main(self.store.begin_writing)
+
+    @property
+    def writes(self) -> bool:
+        """Whether what is asked for is kept."""
+        return not self.refusal
+
+    def _check_heads(self) -> None:
+        for view in self.store.complete():
+            self._check_head(view)
+
+    def _check_head(self, view: int) -> None:
+        theirs = (self.store.record(view) or {}).get("head", self.head)
+        if theirs != self.head:
+            raise StoreError(
+                f"{self.store.path(view)} holds the answers of another head than was fitted here; "
+                "name another teacher_store"
+            )
 
     def on_main(self, work: Callable[[], Value]) -> Value:
-        """Return on all processes what the main one found, or raise what it raised.
+        """Return on all processes what the main one found.
 
         Raises:
-            StoreError: If it did.
+            StoreError: If it could not be done.
         """
         outcome: list[Any] = [None, None]
         if self.accelerator.is_main_process:
             try:
                 outcome[0] = work()
-            except StoreError as error:
+            except (TrainingError, OSError) as error:
                 outcome[1] = str(error)
         if self.accelerator.num_processes > 1:
             broadcast_object_list(outcome)
@@ -87,7 +117,8 @@ class AskedOnce:
         """Tell whether a view is complete and undamaged; a damaged one is made anew."""
         if not self.store.record(view):
             return False
-        if not self.refusal:
+        self._check_head(view)
+        if self.writes:
             self.store.drop_parts(view)  # which a crash may have left
         if view in self.checked:
             return True
@@ -95,7 +126,7 @@ class AskedOnce:
             self.store.check(view)
         except StoreError as error:
             self.accelerator.print(f"{error}; the teacher is asked for view {view} again")
-            if not self.refusal:
+            if self.writes:
                 try:
                     self.store.forget(view)
                 except DiskError as refused:
@@ -116,7 +147,7 @@ class AskedOnce:
             kept = self.known[numbers.to(self.known.device)].to(images.device)
         else:
             kept = self.ask(images)
-            if not self.refusal:
+            if self.writes:
                 self.asked.append((numbers, kept))
                 if len(self.asked) % IN_HAND == 0:
                     self.asked = [(which, rows.cpu()) for which, rows in self.asked]
@@ -132,6 +163,8 @@ class AskedOnce:
         if self.answers.what == "logits":
             found = self.teacher.classify_rows(found)
         kept = self.answers.encode(found)
+        if kept.is_cuda:
+            torch.cuda.synchronize()  # in the first pass over a view alone
         self.seconds += time.perf_counter() - began
         return kept
 
@@ -140,12 +173,12 @@ class AskedOnce:
 
         A disk that refuses costs the store, not the run.
         """
-        if not self.asked or self.refusal:
+        if not self.asked or not self.writes:
             return
         numbers, rows = (torch.cat([pair[part].cpu() for pair in self.asked]) for part in (0, 1))
-        self.asked = []
+        seconds, self.asked, self.seconds = self.seconds, [], 0.0
         try:
-            self.store.write_part(self.view, numbers, rows)
+            self.store.write_part(self.view, numbers, rows, seconds)
         except DiskError as error:
             self.refusal = str(error)
 
@@ -160,8 +193,11 @@ class AskedOnce:
         self.save()
         if self._stopped():
             return None
-        for _ in self._missing():
-            self.save()
+        try:
+            for _ in self._missing():
+                self.save()
+        except StoreError as error:  # on all processes
+            self.refusal = str(error)
         self.save()
         if self._stopped():
             return None
@@ -187,10 +223,10 @@ class AskedOnce:
             self.store.join(
                 self.view,
                 DTYPES[self.answers.dtype],
-                seconds=round(self.seconds, 2),
+                head=self.head,
                 processes=self.share.world_size,
             )
-        except (DiskError, StoreError) as error:
+        except (TrainingError, OSError) as error:
             self.refusal = str(error)
 
     def _stopped(self) -> bool:

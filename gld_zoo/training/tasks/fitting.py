@@ -36,11 +36,11 @@ class FittedHead(NamedTuple):
 
 
 def load_head(weights: Path, of: str) -> FittedHead | None:
-    """Return a head that was written for a teacher's weights; None if there is none that is whole.
+    """Return a head that was written for a teacher; None if there is none that is whole.
 
     Args:
         weights: Its file, with a JSON of the same name beside it.
-        of: Hash of the teacher's weights.
+        of: Hash of the teacher.
     """
     try:
         facts = json.loads(weights.with_suffix(".json").read_text(encoding="utf-8"))
@@ -78,7 +78,7 @@ def fit_head(
         rows: The training images.
         batches: These images, as they are measured; each process its share.
         accelerator: Of the run.
-        of: Hash of the teacher's weights.
+        of: Hash of the teacher.
 
     Raises:
         DataError: If the features do not fit into memory, or no class has two images.
@@ -112,7 +112,7 @@ def of_all_processes(
     count: int,
     accelerator: Accelerator,
 ) -> torch.Tensor:
-    """Return features `[N, D]` of the N images of a split, in order, on the CPU.
+    """Return features `[N, D]` of the first N images of a split, in order, on the CPU.
 
     Args:
         features: Maps images to theirs `[B, D]`.
@@ -121,9 +121,15 @@ def of_all_processes(
         accelerator: Of the run.
     """
     share = Share(accelerator.process_index, accelerator.num_processes)
-    own = torch.cat([features(images) for images, *_ in batches])
+    numbers = share.of(torch.arange(count))
+    found: list[torch.Tensor] = []
+    for images, *_ in batches:
+        found.append(features(images))
+        if sum(map(len, found)) >= len(numbers):
+            break
+    own = torch.cat(found)[: len(numbers)]
     whole = own.new_zeros(count, own.shape[1])
-    whole[share.of(torch.arange(count))] = own
+    whole[numbers] = own
     return accelerator.reduce(whole).cpu()
 
 

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 
 from gld_zoo.distillation.losses import RelationLoss
 from gld_zoo.distillation.maps import global_local_features
+from gld_zoo.training.common.errors import DataError
 from gld_zoo.training.config.recipe import Recipe
 from gld_zoo.training.data.batches import Data, EvalBatches, Share
 from gld_zoo.training.engine.task import Terms
@@ -37,6 +38,11 @@ class RelationDistiller(Distiller):
         built = super().build(share)
         self.neighbours: torch.Tensor | None = None
         if not self.source.is_labelled:
+            try:
+                names = ("ce_weight", "label_smoothing", "allow_empty_classes")
+                self.recipe.refuse("has no effect on images without labels", *names)
+            except ValueError as error:
+                raise DataError(str(error)) from error
             self.metric, self.metric_title = "agreement", "neighbours as the teacher's"  # type: ignore[misc]
         return built
 
@@ -96,8 +102,8 @@ class RelationDistiller(Distiller):
     ) -> torch.Tensor:
         """Return of each image the number of the one whose features are nearest to its own."""
         assert batches.count is not None
-        rows = of_all_processes(features, batches, batches.count, self.accelerator)[:COMPARED]
-        return nearest(rows)
+        count = min(batches.count, COMPARED)
+        return nearest(of_all_processes(features, batches, count, self.accelerator))
 
     def conclusion(self, summary: dict[str, Any], before: str, run: Path) -> list[str]:
         """Return what the run came to, and how to load the student."""

@@ -37,19 +37,14 @@ def build_store(recipe: Recipe, accelerator: Accelerator) -> Store:
         for line in taught_by.introduction():
             accelerator.print(line)
         for view in range(asked.store.views):
-            _check_writable(asked)
             began = time.monotonic()
             asked.begin(view)
             if told := asked.end():
                 rate = asked.store.count / max(1e-9, time.monotonic() - began)
                 accelerator.print(f"{told}: {rate:.0f} images/s")
-        _check_writable(asked)
+            elif asked.known is None:
+                raise StoreError(f"{asked.store.folder} cannot be written: {asked.refusal}")
         return asked.store
-
-
-def _check_writable(asked: AskedOnce) -> None:
-    if asked.refusal:
-        raise StoreError(f"{asked.store.folder} cannot be written: {asked.refusal}")
 
 
 def check_rows(
@@ -75,7 +70,7 @@ def check_rows(
     if store.info["made_of"]["precision"] != "no":
         tolerance = TOLERANCE_MIXED
     recipe = dataclasses.replace(recipe, teacher_store=str(store.folder))
-    with _asking(recipe, accelerator) as (_, asked):
+    with _asking(recipe, accelerator, writes=False) as (_, asked):
         generator = torch.Generator().manual_seed(0)
         numbers = torch.randperm(store.count, generator=generator)[:sample].sort().values
         for view in store.complete():
@@ -88,14 +83,16 @@ def check_rows(
 
 
 @contextlib.contextmanager
-def _asking(recipe: Recipe, accelerator: Accelerator) -> Iterator[tuple[TaughtBy, AskedOnce]]:
+def _asking(
+    recipe: Recipe, accelerator: Accelerator, *, writes: bool = True
+) -> Iterator[tuple[TaughtBy, AskedOnce]]:
     """Give a recipe's teacher, ready to be asked outside of a run."""
     if not recipe.keeps_answers:
         raise RunError("a store keeps what a teacher answers; name one by --teacher")
     taught_by = task_of(recipe, accelerator).taught_by
     assert taught_by is not None
     with _scratch(accelerator) as folder:
-        taught_by.prepare(folder)
+        taught_by.prepare(folder, writes=writes)
         assert taught_by.asked is not None
         yield taught_by, taught_by.asked
 

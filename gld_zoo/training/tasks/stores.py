@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
 
-from gld_zoo.training.common.errors import StoreError
+from gld_zoo.training.common.errors import StoreError, TrainingError
 from gld_zoo.training.data.batches import WithRows
 from gld_zoo.training.data.memory import MemoryBatches
 from gld_zoo.training.teaching.answers import Answers, choose_answers
 from gld_zoo.training.teaching.key import ingredients, key_of
-from gld_zoo.training.teaching.store import Store
+from gld_zoo.training.teaching.store import DamagedStoreError, Store
 
 
 def open_store(run: Any) -> tuple[Store, Answers]:
@@ -30,11 +31,11 @@ def open_store(run: Any) -> tuple[Store, Answers]:
     answers = choose_answers(run.models.teacher, recipe.grid, classes, recipe.store_dtype)
     found: list[Any] = [None, None]
     if accelerator.is_main_process:
-        info = describe_store(run, answers)
-        folder = store_folder(recipe.teacher_store, info["key"])
         try:
+            info = describe_store(run, answers)
+            folder = store_folder(recipe.teacher_store, info["key"])
             found[0] = _open(folder, info, anew=recipe.teacher_store == "auto")
-        except StoreError as error:
+        except (TrainingError, OSError) as error:  # which all processes are to end with
             found[1] = str(error)
     if accelerator.num_processes > 1:
         broadcast_object_list(found)
@@ -46,15 +47,12 @@ def open_store(run: Any) -> tuple[Store, Answers]:
 def _open(folder: Path, info: dict[str, Any], *, anew: bool) -> Store:
     try:
         return Store.open(folder, info)
-    except StoreError as error:
+    except DamagedStoreError as error:
         if not anew:
             raise
-        aside = folder.with_name(f"{folder.name}.damaged")
+        aside = folder.with_name(f"{folder.name}.damaged-{time.time_ns()}")
+        os.replace(folder, aside)
         print(f"{error}; it is set aside as {aside}")
-        try:
-            os.replace(folder, aside)
-        except OSError:
-            raise error from None
         return Store.open(folder, info)
 
 
@@ -68,14 +66,12 @@ def describe_store(run: Any, answers: Answers) -> dict[str, Any]:
         run.models.config,
         run.models.teacher,
         answers,
-        teacher_sha256=run.models.teacher_sha256,
+        teacher_sha256=run.models.teacher_identity,
         path="memory" if isinstance(batches, MemoryBatches) else "loader",
         precision=run.accelerator.mixed_precision,
     )
     return dict(
         key=key_of(made_of),
-        images=len(run.rows),
-        shape=list(answers.shape),
         teacher=run.recipe.teacher,
         dataset=run.recipe.dataset,
         made_of=made_of,

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 
 from gld_zoo.training.build.run_models import Models
 from gld_zoo.training.build.teacher import Teacher
-from gld_zoo.training.common.errors import RunError, StoreError
+from gld_zoo.training.common.errors import DiskError, RunError
 from gld_zoo.training.config.recipe import Recipe
 from gld_zoo.training.data.batches import Data, EvalBatches, Share, WithRows
 from gld_zoo.training.data.loaders import eval_batches
@@ -57,13 +57,18 @@ class TaughtBy:
         self.run = run
         self.teacher: Teacher = run.models.teacher
         self.sha256 = str(run.models.teacher_sha256)
+        self.identity = str(run.models.teacher_identity)
         self.top1: float | None = None
         self.cells: list[float] = []
         self.head: dict[str, Any] = {}
         self.asked: AskedOnce | None = None
 
     def prepare(
-        self, folder: Path, score: Callable[[Predict, EvalBatches], float] | None = None
+        self,
+        folder: Path,
+        score: Callable[[Predict, EvalBatches], float] | None = None,
+        *,
+        writes: bool = True,
     ) -> None:
         """Fit its head, open its store, and measure it unless a checkpoint has told its score.
 
@@ -71,6 +76,7 @@ class TaughtBy:
             folder: The run's.
             score: Returns the top-1 of what maps images to logits `[B, K]` on a split; None does
                 not measure it.
+            writes: Whether its answers are to be kept, or those that are be read alone.
 
         Raises:
             DataError: If a head cannot be fitted to the images.
@@ -89,34 +95,38 @@ class TaughtBy:
             assert isinstance(self.run.data.train, WithRows)
             batches = self.run.data.train.batches
             size = recipe.batch_size // accelerator.num_processes
-            self.asked = AskedOnce(self.teacher, store, answers, batches, accelerator, size)
-            if self.head and not self.asked.refusal and accelerator.is_main_process:
-                self._keep_head(folder, store)
+            self.asked = AskedOnce(
+                self.teacher,
+                store,
+                answers,
+                batches,
+                accelerator,
+                size,
+                head=self.head.get("sha256"),
+            )
+            if writes:
+                self.asked.begin_writing()
+            if self.head and self.asked.writes and accelerator.is_main_process:
+                self._keep_head(folder)
 
     def _take_head(self, folder: Path, store: Store | None) -> None:
         """Give the teacher the run's head, the store's, or one that is fitted now."""
         accelerator, rows = self.run.accelerator, self.run.rows
         own = folder / WEIGHTS
-        kept = load_head(store.folder / WEIGHTS, self.sha256) if store else None
-        found = load_head(own, self.sha256) or kept
-        if kept and found and kept.facts["sha256"] != found.facts["sha256"]:
-            assert store is not None
-            raise StoreError(
-                f"{store.folder} holds the answers of another head than {own}; name another "
-                "teacher_store"
-            )
+        kept = load_head(store.folder / WEIGHTS, self.identity) if store else None
+        found = load_head(own, self.identity) or kept
         if found is None:
             accelerator.print(
                 f"fitting a linear head to what {self.run.recipe.teacher} sees in {len(rows):,} "
                 "training images"
             )
             images = self._training_images()
-            found = fit_head(self.teacher, rows, images, accelerator, self.sha256)
+            found = fit_head(self.teacher, rows, images, accelerator, self.identity)
         accelerator.wait_for_everyone()  # all have looked
-        if accelerator.is_main_process and found and not load_head(own, self.sha256):
+        if accelerator.is_main_process and found and not load_head(own, self.identity):
             save_head(found, own)
         accelerator.wait_for_everyone()
-        head = load_head(own, self.sha256)
+        head = load_head(own, self.identity)
         if head is None:
             raise RunError(
                 f"{own} cannot be read by a process; several machines must share the run folder's "
@@ -125,10 +135,15 @@ class TaughtBy:
         self.head = head.facts
         self.teacher.set_head(head.head.to(accelerator.device))
 
-    def _keep_head(self, folder: Path, store: Store) -> None:
-        head, place = load_head(folder / WEIGHTS, self.sha256), store.folder / WEIGHTS
-        if head and not load_head(place, self.sha256):
-            save_head(head, place)
+    def _keep_head(self, folder: Path) -> None:
+        """Keep the run's head in the store, for runs that have none yet."""
+        assert self.asked is not None
+        head, place = load_head(folder / WEIGHTS, self.identity), self.asked.store.folder / WEIGHTS
+        if head and not load_head(place, self.identity):
+            try:
+                save_head(head, place)
+            except DiskError as error:
+                self.asked.refusal = str(error)
 
     def _training_images(self) -> EvalBatches:
         """Return the training images as they are measured."""
@@ -199,12 +214,13 @@ class TaughtBy:
         return [line, *([self.asked.standing()] if self.asked else [])]
 
     def remembered(self) -> dict[str, Any]:
-        """Return its score, and of which weights that is."""
-        return dict(sha256=self.sha256, top1=self.top1, cells=self.cells)
+        """Return its score, and of which teacher that is."""
+        return dict(sha256=self.sha256, identity=self.identity, top1=self.top1, cells=self.cells)
 
     def recall(self, remembered: dict[str, Any]) -> None:
-        """Take over what `remembered` returned, if it is of these weights."""
-        if remembered.get("sha256") == self.sha256:
+        """Take over what `remembered` returned, if it is of this teacher."""
+        same = remembered.get("identity", self.identity) == self.identity
+        if remembered.get("sha256") == self.sha256 and same:
             self.top1 = remembered.get("top1")
             self.cells = remembered.get("cells", [])
 

@@ -9,7 +9,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 
 from gld_zoo.distillation.maps import grids_of
@@ -19,6 +18,8 @@ from gld_zoo.training.teaching.answers import Answers
 
 VERSION = 1  # of the augmentation, the rows and their files; a change makes other stores
 CHUNK = 1024  # encoded images in memory while they are hashed
+# which compute and decode
+VERSIONS = ("torch", "torchvision", "timm", "pillow")
 # of the recipe, what an image's pixels follow from, beside the dataset and the seeds
 OF_IMAGES = ("crop", "crop_padding", "crop_scale", "flip", "augment", "cutout", "erasing")
 
@@ -42,7 +43,7 @@ def ingredients(
         config: timm's data config of the student.
         teacher: The `Teacher`.
         answers: How its rows are kept.
-        teacher_sha256: Hash of its weights.
+        teacher_sha256: Hash of its weights and of what computes with them.
         path: How images reach the device, 'memory' or 'loader', which augment otherwise.
         precision: In which it runs.
     """
@@ -50,8 +51,9 @@ def ingredients(
     made_of = dict(
         version=VERSION,
         teacher=teacher_sha256,
-        head=_head(teacher, rows),
+        head=_head(teacher, rows, config),
         images=content_sha256(rows),
+        count=len(rows),
         image_size=config["input_size"][-1],
         interpolation=config["interpolation"],
         mean=theirs,
@@ -65,15 +67,14 @@ def ingredients(
         views=recipe.views,
         augment_seed=recipe.seed if recipe.augment_seed is None else recipe.augment_seed,
         grid=grids_of(recipe.grid),
-        kept=[answers.what, answers.dtype, list(answers.shape)],
+        kept=dict(what=answers.what, dtype=answers.dtype, shape=answers.shape),
         precision=precision,
-        torch=torch.__version__,
-        torchvision=metadata.version("torchvision"),
+        versions={name: metadata.version(name) for name in VERSIONS},
     )
     return json.loads(json.dumps(made_of))  # tuples as lists, as they are read back
 
 
-def _head(teacher: Any, rows: Rows) -> dict[str, Any]:
+def _head(teacher: Any, rows: Rows, config: dict[str, Any]) -> dict[str, Any]:
     """Return what decides a teacher's head: one that is fitted follows from images and classes."""
     if teacher.kind == "own":
         places = None if teacher.columns is None else teacher.columns.tolist()
@@ -81,7 +82,8 @@ def _head(teacher: Any, rows: Rows) -> dict[str, Any]:
     if teacher.kind == "none":
         return dict(kind="none")
     labels = hashlib.sha256(repr(rows.labels().tolist()).encode()).hexdigest()
-    return dict(kind="fit", labels=labels, classes=rows.classes)
+    measured = dict(crop_pct=config["crop_pct"], crop_mode=config.get("crop_mode"))
+    return dict(kind="fit", labels=labels, classes=rows.classes, **measured)
 
 
 def key_of(made_of: dict[str, Any]) -> str:

@@ -13,7 +13,6 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +26,11 @@ from gld_zoo.training.common.disk import lock, replacing, sha256, write_text, wr
 from gld_zoo.training.common.errors import HeldError, StoreError
 from gld_zoo.training.teaching.key import differences, key_of
 
-INFO, HEAD, PARTS, LOCK = "store.json", "head.safetensors", "parts", ".lock"
+INFO, PARTS, LOCK = "store.json", "parts", ".lock"
+
+
+class DamagedStoreError(StoreError):
+    """What describes a store is not what was written."""
 
 
 class Store:
@@ -40,8 +43,10 @@ class Store:
 
     def __init__(self, folder: Path, info: dict[str, Any]) -> None:
         self.folder, self.info = folder, info
-        self.count, self.shape = info["images"], tuple(info["shape"])
-        self.views: int = info["made_of"]["views"]
+        made_of = info["made_of"]
+        self.count: int = made_of["count"]
+        self.shape = tuple(made_of["kept"]["shape"])
+        self.views: int = made_of["views"]
         self._lock: Any = None
 
     @classmethod
@@ -49,22 +54,25 @@ class Store:
         """Return the store in a folder.
 
         Raises:
-            StoreError: If there is none, or its `store.json` is damaged.
+            StoreError: If there is none, or its `store.json` cannot be read or is damaged.
         """
         try:
-            info = json.loads((folder / INFO).read_text(encoding="utf-8"))
-            if key_of(info["made_of"]) != info["key"]:
-                raise ValueError("what it is made of changed since it was written")
-            return cls(folder, info)
-        except FileNotFoundError as error:
+            text = (folder / INFO).read_text(encoding="utf-8")
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise StoreError(
                 f"{folder} holds no teacher's store; gld-zoo store build makes one"
             ) from error
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise StoreError(
-                f"{folder / INFO} is damaged ({error}), so nothing in its folder is read; delete "
-                "the folder or name another"
-            ) from error
+        except OSError as error:
+            raise StoreError(f"{folder / INFO} cannot be read: {error.strerror}") from error
+        except ValueError as error:  # no UTF-8
+            raise _damaged(folder, error) from error
+        try:
+            info = json.loads(text)
+            if key_of(info["made_of"]) != info["key"]:
+                raise ValueError("what it is made of changed since it was written")
+            return cls(folder, info)
+        except (ValueError, KeyError, TypeError) as error:
+            raise _damaged(folder, error) from error
 
     @classmethod
     def open(cls, folder: Path, info: dict[str, Any]) -> Store:
@@ -73,7 +81,11 @@ class Store:
         Raises:
             StoreError: If the folder holds other files, a damaged store, or one of other rows.
         """
-        if not os.path.lexists(folder) or (folder.is_dir() and not _content(folder)):
+        try:
+            is_new = not os.path.lexists(folder) or (folder.is_dir() and not _content(folder))
+        except OSError as error:
+            raise StoreError(f"{folder} cannot be read: {error.strerror}") from error
+        if is_new:
             return cls(folder, info)
         if not (folder / INFO).is_file():
             raise StoreError(
@@ -168,8 +180,27 @@ class Store:
             if self.path(view).is_file():
                 os.replace(self.path(view), self.path(view).with_suffix(".damaged"))
 
-    def write_part(self, view: int, numbers: torch.Tensor, rows: torch.Tensor) -> None:
+    def half_complete(self) -> list[int]:
+        """Return the views of which there is a file alone, or its record, or that is damaged."""
+        there = [
+            any(
+                self.path(view).with_suffix(ending).is_file()
+                for ending in (".safetensors", ".json")
+            )
+            for view in range(self.views)
+        ]
+        return [view for view, any_ in enumerate(there) if any_ and not self.record(view)]
+
+    def write_part(
+        self, view: int, numbers: torch.Tensor, rows: torch.Tensor, seconds: float = 0.0
+    ) -> None:
         """Write rows `[n, R, W]` of some images, by their numbers `[n]`, of a view.
+
+        Args:
+            view: Which.
+            numbers: Of the images.
+            rows: Of them.
+            seconds: That the teacher took for them.
 
         Raises:
             DiskError: If the disk refuses; what was written before is untouched.
@@ -178,30 +209,29 @@ class Store:
         # a name that no other process has had, whatever its number
         path = self.folder / PARTS / f"view-{view:03d}-{uuid.uuid4().hex}.safetensors"
         with replacing(path) as temporary:
-            save_file(tensors, temporary, metadata={"sha256": _digest(tensors)})
+            told = {"sha256": _digest(tensors), "seconds": str(seconds)}
+            save_file(tensors, temporary, metadata=told)
 
-    def parts(self, view: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield the parts of a view, oldest first; one that is damaged is left out."""
+    def parts(self, view: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, float]]:
+        """Yield the parts of a view, oldest first, with the seconds that the teacher took.
+
+        One that is damaged is left out.
+        """
         paths = list((self.folder / PARTS).glob(f"view-{view:03d}-*.safetensors"))
         for path in sorted(paths, key=lambda each: (each.stat().st_mtime_ns, each.name)):
-            with contextlib.suppress(SafetensorError, OSError, KeyError):
+            with contextlib.suppress(SafetensorError, OSError, KeyError, ValueError):
                 tensors = load_file(path)
                 with safe_open(path, framework="pt") as file:
-                    told = (file.metadata() or {}).get("sha256")
+                    told = file.metadata() or {}
                 numbers, rows = tensors["numbers"], tensors["rows"]
-                fits = rows.shape == (len(numbers), *self.shape)
-                if (
-                    fits
-                    and _digest(tensors) == told
-                    and numbers.numel()
-                    and 0 <= numbers.min() <= numbers.max() < self.count
-                ):
-                    yield numbers, rows
+                fits = len(numbers) > 0 and rows.shape == (len(numbers), *self.shape)
+                if fits and _digest(tensors) == told["sha256"] and numbers.max() < self.count:
+                    yield numbers, rows, float(told["seconds"])
 
     def missing(self, view: int) -> torch.Tensor:
         """Return the numbers of the images of which no part of a view has the rows."""
         have = torch.zeros(self.count, dtype=torch.bool)
-        for numbers, _ in self.parts(view):
+        for numbers, *_ in self.parts(view):
             have[numbers] = True
         return (~have).nonzero().flatten()
 
@@ -214,18 +244,21 @@ class Store:
         """
         whole = torch.empty((self.count, *self.shape), dtype=dtype)
         have = torch.zeros(self.count, dtype=torch.bool)
-        for numbers, rows in self.parts(view):
+        seconds = 0.0
+        for numbers, rows, spent in self.parts(view):
             whole[numbers] = rows
             have[numbers] = True
+            seconds += spent
         if not have.all():
             raise StoreError(
                 f"{self.folder} lacks {int((~have).sum())} rows of view {view}, which were there"
             )
         with replacing(self.path(view)) as temporary:
             save_file(dict(rows=whole), temporary, metadata={"format": "pt"})
-        record = dict(sha256=sha256(self.path(view)), **record)
+        record = dict(sha256=sha256(self.path(view)), seconds=round(seconds, 2), **record)
         write_text(self.path(view).with_suffix(".json"), json.dumps(record) + "\n")
         self.drop_parts(view)
+        self.path(view).with_suffix(".damaged").unlink(missing_ok=True)
 
     def drop_parts(self, view: int) -> None:
         """Remove a view's parts, and what an earlier crash left of them."""
@@ -238,19 +271,19 @@ class Store:
         """Return what the complete views take on the disk."""
         return sum(self.path(view).stat().st_size for view in self.complete())
 
-    def keep_head(self, path: Path) -> None:
-        """Copy the classifier that was fitted.
-
-        Raises:
-            DiskError: If the disk refuses.
-        """
-        if not (self.folder / HEAD).is_file():
-            with replacing(self.folder / HEAD) as temporary:
-                shutil.copyfile(path, temporary)
-
 
 def _content(folder: Path) -> list[Path]:
-    return [path for path in folder.iterdir() if path.name != LOCK]
+    """Return a folder's files but those that a store leaves which was begun and not described."""
+    return [
+        path for path in folder.iterdir() if not path.name.startswith(".") and path.name != PARTS
+    ]
+
+
+def _damaged(folder: Path, error: Exception) -> DamagedStoreError:
+    return DamagedStoreError(
+        f"{folder / INFO} is damaged ({error}), so nothing in its folder is read; delete the "
+        "folder or name another"
+    )
 
 
 def _digest(tensors: dict[str, torch.Tensor]) -> str:

@@ -68,7 +68,7 @@ def build(longer_dataset, teacher_run, tmp_path, monkeypatch):
         run = RunFolder(tmp_path / name, recipe, resume=False)
         trainer = Trainer(Distiller(recipe, accelerator), run)
         assert {weight.device.type for weight in trainer.task.student.parameters()} == {"cuda"}
-        trainer.task.prepare()  # from here on a teacher is in the run's precision
+        trainer.task.prepare(run.path)  # from here on a teacher is in the run's precision
         trainer.task.set_training_mode()
         return trainer
 

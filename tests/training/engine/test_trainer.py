@@ -423,9 +423,9 @@ def test_checkpointed_gradients_are_the_same(tiny_dataset, tmp_path):
 
 def introduction(*arguments, **options):
     """Return what a run tells before it trains."""
-    task = build(*arguments, **options).task
-    task.prepare()
-    return task.introduction()
+    trainer = build(*arguments, **options)
+    trainer.task.prepare(trainer.run.path)
+    return trainer.task.introduction()
 
 
 def test_the_relations_weight_follows_the_batch_unless_it_is_stated(

@@ -20,6 +20,7 @@ from gld_zoo.training.build.create import create_frozen
 from gld_zoo.training.build.teacher import Teacher
 from gld_zoo.training.commands import store as store_command
 from gld_zoo.training.common import disk
+from gld_zoo.training.common.errors import DiskError
 from gld_zoo.training.config.recipe import Recipe
 from gld_zoo.training.engine.trainer import Trainer
 from gld_zoo.training.runs.run_folder import RunFolder
@@ -185,6 +186,23 @@ def test_a_disk_that_refuses_costs_the_store_and_no_bit(
     assert weights(tmp_path / "again") == weights(tmp_path / "unbroken")
 
 
+def test_a_disk_that_refuses_the_head_costs_the_store(tiny_dataset, tmp_path, distill, monkeypatch):
+    teacher = vision_transformer(tmp_path / "teacher", 7)
+    fit = [*SMALL_RUN, "--teacher", teacher, "--dataset", tiny_dataset, "--teacher_head", "fit"]
+    fit += ["--views", 2, "--teacher_store", tmp_path / "store"]
+    save = taught.save_head
+
+    def full(head, place):
+        if place.parent == tmp_path / "store":
+            raise DiskError("No space left on device")
+        save(head, place)
+
+    monkeypatch.setattr(taught, "save_head", full)
+    output = distill(*fit, "--run", tmp_path / "run")
+    assert "it is left as it is (No space left on device)" in output
+    assert (tmp_path / "run" / "summary.json").is_file()
+
+
 def test_a_complete_store_on_a_disk_that_cannot_be_written_is_read(
     options, tmp_path, distill, monkeypatch
 ):
@@ -199,6 +217,9 @@ def test_a_complete_store_on_a_disk_that_cannot_be_written_is_read(
     output = distill(*kept, "--run", tmp_path / "second")
     assert "2 of 2 views complete" in output
     assert weights(tmp_path / "first") == weights(tmp_path / "second")
+    monkeypatch.undo()
+    monkeypatch.setattr(teaching_store, "lock", read_only)
+    store_command.cli(["build", *map(str, kept)])  # there is nothing to write
 
 
 def test_a_store_that_another_run_writes_is_left_to_it(options, tmp_path, distill):
@@ -254,6 +275,29 @@ def test_verify_finds_one_flipped_bit(options, tmp_path, distill, capsys):
     printed = capsys.readouterr().out
     assert f"view 1 of 2: {path} is damaged" in printed
     assert "view 2 of 2: whole" in printed
+    record = path.with_suffix(".json")
+    record.write_text(record.read_text().replace("sha256", "sha257"))
+    with pytest.raises(SystemExit):
+        store_command.cli(["verify", str(folder)])
+    assert "view 1 of 2: damaged" in capsys.readouterr().out
+
+
+def test_verify_tells_rows_of_another_teacher(options, tmp_path, distill, capsys):
+    folder = tmp_path / "store"
+    distill(*options, "--teacher_store", folder, "--run", tmp_path / "run")
+    store = Store.read(folder)
+    assert store.begin_writing() is None
+    store.write_part(1, torch.arange(64), store.rows(1) + 1)
+    store.join(1, torch.float32)
+    with pytest.raises(SystemExit) as stop:
+        store_command.cli(["verify", str(folder)])
+    assert f"not this teacher's; delete {folder}" in str(stop.value.code)
+    printed = capsys.readouterr().out
+    assert "view 1 of 2: as the teacher answers now" in printed
+    assert "view 2 of 2: not what the teacher answers" in printed
+    with pytest.raises(SystemExit) as stop:
+        store_command.cli(["verify", str(folder), "--teacher", "gld_wrn16_2.ce_cifar100"])
+    assert stop.value.code != 0
 
 
 def test_build_then_runs_of_any_seed_share_a_store(options, tmp_path, distill, capsys):
@@ -280,12 +324,13 @@ def test_auto_is_a_folder_for_the_key_and_a_damaged_one_is_set_aside(
     distill(*kept, "--run", tmp_path / "first")
     (folder,) = (tmp_path / "cache" / "teacher_stores").iterdir()
     assert Store.read(folder).info["key"].startswith(folder.name)
-    (folder / "store.json").write_text("{")
-    output = distill(*kept, "--run", tmp_path / "second")
-    assert "store.json is damaged" in output
-    assert "set aside" in output
-    assert weights(tmp_path / "first") == weights(tmp_path / "second")
-    assert Store.read(folder).complete() == [0, 1]
+    for name in ("second", "third"):
+        (folder / "store.json").write_text("{")
+        output = distill(*kept, "--run", tmp_path / name)
+        assert "store.json is damaged" in output
+        assert "set aside" in output
+        assert weights(tmp_path / "first") == weights(tmp_path / name)
+        assert Store.read(folder).complete() == [0, 1]
 
 
 def test_a_run_does_not_go_on_with_other_rounding(options, tmp_path, distill):
@@ -417,6 +462,7 @@ def test_unlabelled_images_are_an_error_where_classes_are_learnt(tmp_path, disti
         (dict(views=3, flip="alternate"), "flip=alternate.*views=3"),
         (dict(views=0), "views=0 is out of range"),
         (dict(views=2, streaming=True), "views=2 needs the images' numbers"),
+        (dict(teacher_head="fit", streaming=True), "teacher_head=fit reads the training images"),
         (dict(teacher_head="none", local_weight=2.0), "local_weight=2.0 has no effect"),
         (dict(teacher_size=0), "teacher_size=0 is out of range"),
     ],

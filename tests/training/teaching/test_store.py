@@ -9,14 +9,15 @@ from safetensors.torch import load_file
 
 from gld_zoo.training.common.errors import StoreError
 from gld_zoo.training.teaching.key import key_of
-from gld_zoo.training.teaching.store import Store
+from gld_zoo.training.teaching.store import DamagedStoreError, Store
 
 COUNT, SHAPE = 10, (4, 3)
 
 
 def info(**made_of):
-    made_of = dict(dict(views=2, teacher="abc"), **made_of)
-    return dict(key=key_of(made_of), images=COUNT, shape=list(SHAPE), made_of=made_of)
+    kept = dict(what="logits", dtype="float16", shape=list(SHAPE))
+    made_of = dict(dict(views=2, teacher="abc", count=COUNT, kept=kept), **made_of)
+    return dict(key=key_of(made_of), made_of=made_of)
 
 
 @pytest.fixture
@@ -33,20 +34,20 @@ def rows(view=0):
 def fill(store, view=0):
     for part in torch.arange(COUNT).split(4):
         store.write_part(view, part, rows(view)[part])
-    store.join(view, torch.float16, seconds=1.0)
+    store.join(view, torch.float16)
 
 
 def test_a_view_is_complete_once_it_is_joined(store):
     assert store.complete() == []
-    store.write_part(0, torch.tensor([3, 1]), rows()[[3, 1]])
+    store.write_part(0, torch.tensor([3, 1]), rows()[[3, 1]], seconds=1.5)
     assert store.missing(0).tolist() == [0, 2, 4, 5, 6, 7, 8, 9]
     assert store.missing(1).tolist() == list(range(COUNT))
     assert store.complete() == []
     rest = store.missing(0)
-    store.write_part(0, rest, rows()[rest])
-    store.join(0, torch.float16, seconds=2.5)
+    store.write_part(0, rest, rows()[rest], seconds=2.5)
+    store.join(0, torch.float16, head="x")
     assert store.complete() == [0]
-    assert store.record(0)["seconds"] == 2.5
+    assert (store.record(0)["seconds"], store.record(0)["head"]) == (4.0, "x")
     assert torch.equal(store.rows(0), rows())
     assert not list((store.folder / "parts").iterdir())
     store.check(0)
@@ -103,7 +104,7 @@ def test_every_flipped_bit_of_a_view_is_found(store):
 def test_half_a_view_is_none(store, lost):
     fill(store)
     (store.folder / lost).unlink()
-    assert store.complete() == []
+    assert (store.complete(), store.half_complete()) == ([], [0])
     fill(store)  # and it can be made anew
     assert store.complete() == [0]
 
@@ -120,12 +121,14 @@ def test_a_damaged_view_is_set_aside(store):
     store.forget(0)
     assert store.complete() == []
     assert store.path(0).with_suffix(".damaged").is_file()
+    fill(store)
+    assert not store.path(0).with_suffix(".damaged").is_file()
 
 
 def test_a_view_of_other_rows_under_its_name_is_refused(store):
     fill(store)
     record = json.loads(store.path(0).with_suffix(".json").read_text())
-    other = Store(store.folder, dict(info(), images=COUNT + 1))
+    other = Store(store.folder, info(count=COUNT + 1))
     assert other.record(0) == record
     with pytest.raises(StoreError, match="not those of 11 images"):
         other.rows(0)
@@ -143,6 +146,35 @@ def test_a_folder_of_other_files_is_refused(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
 
 
+@pytest.mark.parametrize("left", [[], [".lock"], [".lock", ".store.json.partial"], ["parts"]])
+def test_what_a_kill_leaves_before_a_store_is_described_is_no_store(tmp_path, left):
+    for name in left:
+        path = tmp_path / name
+        path.mkdir() if name == "parts" else path.write_text("x")
+    opened = Store.open(tmp_path, info())
+    assert opened.begin_writing() is None
+    fill(opened)
+    assert Store.read(tmp_path).complete() == [0]
+
+
+def test_a_number_changed_in_the_description_is_found(store):
+    changed = json.loads((store.folder / "store.json").read_text())
+    changed["made_of"]["count"] += 1
+    (store.folder / "store.json").write_text(json.dumps(changed))
+    with pytest.raises(DamagedStoreError, match="changed since it was written"):
+        Store.read(store.folder)
+
+
+def test_a_description_that_cannot_be_read_is_not_called_damaged(store, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.read_text", refuse)
+    with pytest.raises(StoreError, match="cannot be read: Permission denied") as error:
+        Store.read(store.folder)
+    assert not isinstance(error.value, DamagedStoreError)
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"made_of": {}, "key": "x"}'])
 def test_a_damaged_description_is_named_and_nothing_is_read(store, content):
     (store.folder / "store.json").write_text(content)
@@ -154,11 +186,6 @@ def test_a_damaged_description_is_named_and_nothing_is_read(store, content):
 def test_a_folder_without_a_store_is_told_of(tmp_path):
     with pytest.raises(StoreError, match="gld-zoo store build makes one"):
         Store.read(tmp_path)
-
-
-def test_what_decides_a_row_decides_the_key():
-    keys = {key_of(info(**{name: 1})["made_of"]) for name in ("teacher", "views", "torch", "grid")}
-    assert len(keys) == 4
 
 
 def test_rows_are_read_from_the_disk_as_they_are_used(store):
