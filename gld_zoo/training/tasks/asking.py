@@ -125,7 +125,7 @@ class AskedOnce:
         try:
             self.store.check(view)
         except StoreError as error:
-            self.accelerator.print(f"{error}; the teacher is asked for view {view} again")
+            self.accelerator.print(f"{error}; the teacher is asked for it again")
             if self.writes:
                 try:
                     self.store.forget(view)
