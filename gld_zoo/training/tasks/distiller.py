@@ -24,7 +24,7 @@ from gld_zoo.training.data.loaders import load_data, split_rows
 from gld_zoo.training.data.sources import ImageSource, facts, open_source
 from gld_zoo.training.engine.task import Task, Terms
 from gld_zoo.training.runs.on_record import labels_alone
-from gld_zoo.training.tasks.taught import Run, TaughtBy
+from gld_zoo.training.teaching.taught import Run, TaughtBy
 
 
 class Distiller(Task):

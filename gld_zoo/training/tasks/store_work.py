@@ -15,10 +15,10 @@ from accelerate.utils import broadcast_object_list
 
 from gld_zoo.training.common.errors import RunError, StoreError
 from gld_zoo.training.config.recipe import Recipe
-from gld_zoo.training.tasks.asking import AskedOnce
 from gld_zoo.training.tasks.relations import task_of
-from gld_zoo.training.tasks.taught import TaughtBy
+from gld_zoo.training.teaching.asking import AskedOnce
 from gld_zoo.training.teaching.store import Store
+from gld_zoo.training.teaching.taught import TaughtBy
 
 # how far rows may be from those of another batch, as a share of the largest number: sums of
 # float32 in another order, float16 with 11 bits, bfloat16 with 8 in every layer

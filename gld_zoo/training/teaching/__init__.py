@@ -1,1 +1,1 @@
-"""What a teacher answers, kept: it is asked once for each view of each image."""
+"""A run's teacher: its head, and its answers, of which each is asked for once and kept."""

@@ -12,9 +12,9 @@ from gld_zoo.hub import save_pretrained
 from gld_zoo.training.config.recipe import Recipe
 from gld_zoo.training.data.sources import ImageSource
 from gld_zoo.training.tasks.relations import task_of
-from gld_zoo.training.tasks.stores import describe_store
 from gld_zoo.training.teaching.answers import choose_answers
 from gld_zoo.training.teaching.key import content_sha256
+from gld_zoo.training.teaching.opening import describe_store
 from helpers import FEATURES, write_dataset
 
 

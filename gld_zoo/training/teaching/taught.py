@@ -17,15 +17,15 @@ from gld_zoo.training.data.batches import Data, EvalBatches, Share, WithRows
 from gld_zoo.training.data.loaders import eval_batches
 from gld_zoo.training.data.rows import Rows
 from gld_zoo.training.data.sources import ImageSource
-from gld_zoo.training.tasks.asking import AskedOnce
-from gld_zoo.training.tasks.fitting import (
+from gld_zoo.training.teaching.asking import AskedOnce
+from gld_zoo.training.teaching.fitting import (
     WEIGHTS,
     fit_head,
     load_head,
     save_head,
     top1_by_row,
 )
-from gld_zoo.training.tasks.stores import open_store
+from gld_zoo.training.teaching.opening import open_store
 from gld_zoo.training.teaching.store import Store
 
 Predict = Callable[[torch.Tensor], torch.Tensor]

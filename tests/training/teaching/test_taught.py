@@ -24,8 +24,9 @@ from gld_zoo.training.common.errors import DiskError
 from gld_zoo.training.config.recipe import Recipe
 from gld_zoo.training.engine.trainer import Trainer
 from gld_zoo.training.runs.run_folder import RunFolder
-from gld_zoo.training.tasks import asking, relations, taught
+from gld_zoo.training.tasks import relations
 from gld_zoo.training.tasks.distiller import Distiller
+from gld_zoo.training.teaching import asking, taught
 from gld_zoo.training.teaching import store as teaching_store
 from gld_zoo.training.teaching.store import Store
 from helpers import CHECKOUT, SMALL_RUN, launch, write_dataset
