@@ -60,7 +60,7 @@ class AskedOnce:
         self.known: torch.Tensor | None = None
         self.asked: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.checked: set[int] = set()
-        self.head = head if answers.what == "logits" else None
+        store.head = head if answers.what == "logits" else None
         self.told = False
         self.refusal: str | None = "it is only read"
         self.on_main(self._check_heads)
@@ -79,8 +79,8 @@ class AskedOnce:
             self._check_head(view)
 
     def _check_head(self, view: int) -> None:
-        theirs = (self.store.record(view) or {}).get("head", self.head)
-        if theirs != self.head:
+        own = self.store.head
+        if (self.store.record(view) or {}).get("head", own) != own:
             raise StoreError(
                 f"{self.store.path(view)} holds the answers of another head than was fitted here; "
                 "name another teacher_store"
@@ -220,12 +220,8 @@ class AskedOnce:
 
     def _join(self) -> None:
         try:
-            self.store.join(
-                self.view,
-                DTYPES[self.answers.dtype],
-                head=self.head,
-                processes=self.share.world_size,
-            )
+            processes = self.share.world_size
+            self.store.join(self.view, DTYPES[self.answers.dtype], processes=processes)
         except (TrainingError, OSError) as error:
             self.refusal = str(error)
 

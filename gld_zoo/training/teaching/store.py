@@ -36,6 +36,9 @@ class DamagedStoreError(StoreError):
 class Store:
     """A teacher's answers in a folder, for one key.
 
+    `head` is the hash of the classifier that was fitted, where its logits are kept; parts of
+    another are as if they were not there.
+
     Args:
         folder: Where they are, or are to be.
         info: What `store.json` holds.
@@ -43,6 +46,7 @@ class Store:
 
     def __init__(self, folder: Path, info: dict[str, Any]) -> None:
         self.folder, self.info = folder, info
+        self.head: str | None = None
         made_of = info["made_of"]
         self.count: int = made_of["count"]
         self.shape = tuple(made_of["kept"]["shape"])
@@ -209,13 +213,13 @@ class Store:
         # a name that no other process has had, whatever its number
         path = self.folder / PARTS / f"view-{view:03d}-{uuid.uuid4().hex}.safetensors"
         with replacing(path) as temporary:
-            told = {"sha256": _digest(tensors), "seconds": str(seconds)}
+            told = dict(sha256=_digest(tensors), seconds=str(seconds), head=str(self.head))
             save_file(tensors, temporary, metadata=told)
 
     def parts(self, view: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, float]]:
         """Yield the parts of a view, oldest first, with the seconds that the teacher took.
 
-        One that is damaged is left out.
+        One that is damaged, or of another head, is left out.
         """
         paths = list((self.folder / PARTS).glob(f"view-{view:03d}-*.safetensors"))
         for path in sorted(paths, key=lambda each: (each.stat().st_mtime_ns, each.name)):
@@ -225,7 +229,8 @@ class Store:
                     told = file.metadata() or {}
                 numbers, rows = tensors["numbers"], tensors["rows"]
                 fits = len(numbers) > 0 and rows.shape == (len(numbers), *self.shape)
-                if fits and _digest(tensors) == told["sha256"] and numbers.max() < self.count:
+                whole = fits and _digest(tensors) == told["sha256"]
+                if whole and told["head"] == str(self.head) and numbers.max() < self.count:
                     yield numbers, rows, float(told["seconds"])
 
     def missing(self, view: int) -> torch.Tensor:
@@ -255,8 +260,8 @@ class Store:
             )
         with replacing(self.path(view)) as temporary:
             save_file(dict(rows=whole), temporary, metadata={"format": "pt"})
-        record = dict(sha256=sha256(self.path(view)), seconds=round(seconds, 2), **record)
-        write_text(self.path(view).with_suffix(".json"), json.dumps(record) + "\n")
+        told = dict(sha256=sha256(self.path(view)), seconds=round(seconds, 2), head=self.head)
+        write_text(self.path(view).with_suffix(".json"), json.dumps(dict(told, **record)) + "\n")
         self.drop_parts(view)
         self.path(view).with_suffix(".damaged").unlink(missing_ok=True)
 

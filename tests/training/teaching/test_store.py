@@ -45,9 +45,10 @@ def test_a_view_is_complete_once_it_is_joined(store):
     assert store.complete() == []
     rest = store.missing(0)
     store.write_part(0, rest, rows()[rest], seconds=2.5)
-    store.join(0, torch.float16, head="x")
+    store.join(0, torch.float16, processes=2)
     assert store.complete() == [0]
-    assert (store.record(0)["seconds"], store.record(0)["head"]) == (4.0, "x")
+    record = store.record(0)
+    assert (record["seconds"], record["head"], record["processes"]) == (4.0, None, 2)
     assert torch.equal(store.rows(0), rows())
     assert not list((store.folder / "parts").iterdir())
     store.check(0)
@@ -70,6 +71,14 @@ def test_a_view_of_which_a_part_is_lost_is_not_complete(store):
     with pytest.raises(StoreError, match="lacks 6 rows of view 0"):
         store.join(0, torch.float16)
     assert store.complete() == []
+
+
+def test_parts_of_another_head_are_as_if_they_were_not_there(store):
+    store.write_part(0, torch.arange(4), rows()[:4])
+    store.head = "x"
+    assert len(store.missing(0)) == COUNT
+    fill(store)
+    assert store.record(0)["head"] == "x"
 
 
 @pytest.mark.parametrize("fault", ["flipped", "cut", "empty", "no parts"])

@@ -384,7 +384,9 @@ def test_a_head_is_fitted_once_and_kept_in_the_run_and_in_the_store(
 def test_a_store_of_another_heads_logits_is_refused(tiny_dataset, tmp_path, distill):
     teacher = vision_transformer(tmp_path / "teacher", 7)
     fit = [*SMALL_RUN, "--teacher", teacher, "--dataset", tiny_dataset, "--teacher_head", "fit"]
-    fit += ["--views", 1, "--teacher_store", tmp_path / "store", "--run", tmp_path / "run"]
+    fit += ["--views", 1, "--teacher_store", tmp_path / "store", "--run"]
+    distill(*fit, tmp_path / "first")
+    fit += [tmp_path / "run"]
     distill(*fit, "--max_minutes", 0)
     for name in ("safetensors", "json"):
         path = tmp_path / "run" / f"teacher_head.{name}"
