@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from accelerate import Accelerator
 
 from gld_zoo.training.build.run_models import Models
 from gld_zoo.training.build.teacher import Teacher
+from gld_zoo.training.common.disk import write_text
 from gld_zoo.training.common.errors import DiskError, RunError
 from gld_zoo.training.config.recipe import Recipe
 from gld_zoo.training.data.batches import Data, EvalBatches, Share, WithRows
@@ -19,6 +21,7 @@ from gld_zoo.training.data.rows import Rows
 from gld_zoo.training.data.sources import ImageSource
 from gld_zoo.training.teaching.asking import AskedOnce
 from gld_zoo.training.teaching.fitting import (
+    FACTS,
     WEIGHTS,
     fit_head,
     load_head,
@@ -87,8 +90,9 @@ class TaughtBy:
         store, answers = open_store(self.run) if recipe.keeps_answers else (None, None)
         if self.teacher.kind == "fit":
             self._take_head(folder, store)
-        if score is not None:
+        if score is not None and self.top1 is None:
             self._measure(score)
+            self._note_scores(folder)
         names = dict(bf16=torch.bfloat16, fp16=torch.float16)
         self.teacher.keep_in(names.get(accelerator.mixed_precision))
         if store is not None and answers is not None:
@@ -161,13 +165,17 @@ class TaughtBy:
         )
 
     def _measure(self, score: Callable[[Predict, EvalBatches], float]) -> None:
-        if self.top1 is not None or self.teacher.kind == "none":
-            return
         if self.teacher.kind == "own":
             self.top1 = score(self.teacher.classify, self.run.data.test)
-        else:
+        elif self.teacher.kind == "fit":
             accelerator = self.run.accelerator
             self.top1, *self.cells = top1_by_row(self.teacher, self.run.data.test, accelerator)
+
+    def _note_scores(self, folder: Path) -> None:
+        """Write what a fitted head scored beside it."""
+        if self.head and self.run.accelerator.is_main_process:
+            facts = dict(self.head, top1=self.top1, cells=self.cells)
+            write_text(folder / FACTS, json.dumps(facts, indent=2) + "\n")
 
     def rows(self, images: torch.Tensor, numbers: torch.Tensor | None) -> torch.Tensor:
         """Return its rows `[B, 1+L, K]` for a batch, those that are kept if they are.
@@ -230,5 +238,5 @@ class TaughtBy:
             name=self.run.recipe.teacher, sha256=self.sha256, top1=self.top1
         )
         if self.head:
-            told["head"] = dict(self.head, cells=self.cells)
+            told["head"] = dict(self.head, top1=self.top1, cells=self.cells)
         return told

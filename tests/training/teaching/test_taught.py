@@ -368,6 +368,8 @@ def test_a_head_is_fitted_once_and_kept_in_the_run_and_in_the_store(
     assert "of its cells alone" in output
     facts = json.loads((tmp_path / "run" / "teacher_head.json").read_text())
     assert facts["images"] == 64
+    assert f"top-1 {facts['top1']:.2f} %" in output
+    assert len(facts["cells"]) == 4
     assert (tmp_path / "store" / "teacher_head.safetensors").is_file()
     monkeypatch.setattr(taught, "fit_head", None)  # not again
     distill("--run", tmp_path / "run", "--resume", "--max_minutes", "null")
