@@ -662,9 +662,9 @@ def test_a_folder_of_photographs_is_taught_by_one_command(rows, tmp_path, distil
         "fitting a linear head",
         "its head fitted to 64 training images",
         "teacher's store",
-        "0 of 4 views complete",
+        "0 of 10 views complete",
         "student gld_wrn16_1 on 32x32 images, pretrained",
-        "view 1 of 4 is kept",
+        "view 1 of 10 is kept",
     ]
     for words in told:
         assert words in output
