@@ -54,7 +54,7 @@ def trainer_of(folder, **values):
     return trainer
 
 
-@pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.parametrize("in_memory", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_store_gives_the_rows_and_the_losses_of_the_living_teacher(
     teacher_run, tiny_dataset, tmp_path, in_memory
 ):
@@ -107,7 +107,7 @@ def test_a_store_changes_no_bit_of_its_own_and_holds_the_images_that_batches_lea
     store_command.cli(["verify", str(folder), "--sample", "64"])  # all images, the 16 too
 
 
-@pytest.mark.parametrize("in_memory", ["null", "false"])
+@pytest.mark.parametrize("in_memory", ["null", pytest.param("false", marks=pytest.mark.slow)])
 def test_a_time_limit_within_a_view_changes_no_bit(options, tmp_path, distill, in_memory):
     reading = ["--in_memory", in_memory, "--workers", 0]
     kept = [*options, *reading, "--teacher_store"]
@@ -159,7 +159,13 @@ def refuse_writing(*_, **__):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("when", ["at once", "at a part", "at the join"])
+@pytest.mark.parametrize(
+    "when",
+    [
+        "at once",
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ("at a part", "at the join")),
+    ],
+)
 def test_a_disk_that_refuses_costs_the_store_and_no_bit(
     options, tmp_path, distill, monkeypatch, when
 ):
@@ -223,6 +229,7 @@ def test_a_complete_store_on_a_disk_that_cannot_be_written_is_read(
     store_command.cli(["build", *map(str, kept)])  # there is nothing to write
 
 
+@pytest.mark.slow
 def test_a_store_that_another_run_writes_is_left_to_it(options, tmp_path, distill):
     distill(*options, "--teacher_store", tmp_path / "good", "--run", tmp_path / "unbroken")
     folder = tmp_path / "store"
@@ -418,7 +425,9 @@ def test_a_teacher_sees_the_pixels_resized_without_aliases(teacher_run):
     assert teacher(torch.randn(2, 3, 32, 32)).shape == (2, 5, 4)
 
 
-@pytest.mark.parametrize("kind", ["labelled", "a column less", "a flat folder"])
+@pytest.mark.parametrize(
+    "kind", ["labelled", pytest.param("a column less", marks=pytest.mark.slow), "a flat folder"]
+)
 def test_relations_alone_teach_with_labels_or_without(rows, tmp_path, distill, kind):
     teacher = vision_transformer(tmp_path / "teacher", 7)
     folder = tmp_path / "data"
