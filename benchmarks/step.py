@@ -127,6 +127,7 @@ def floor_step(setup: str, batch: int, accelerator: Accelerator) -> Step:
     )
     model.eval().requires_grad_(False)
     teacher = Teacher(model, 2, student.default_cfg["mean"], student.default_cfg["std"])
+    teacher(inputs(batch, device)[0])  # which shows it the form of its map
     teacher.keep_in(torch.bfloat16 if accelerator.mixed_precision == "bf16" else None)
     optimizer = torch.optim.SGD(
         student.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4, fused=True
@@ -160,7 +161,7 @@ def build_trainer(options: argparse.Namespace, folder: Path, accelerator: Accele
     trainer = Trainer(
         Distiller(recipe, accelerator), RunFolder(folder / "run", recipe, resume=False)
     )
-    trainer.task.prepare()  # after which the teacher only teaches
+    trainer.task.prepare(trainer.run.path)  # after which the teacher only teaches
     return trainer
 
 

@@ -96,7 +96,7 @@ class Teacher(nn.Module):
         """Keep the weights that autocast would cast at each step in its type, to the same bits.
 
         They are those of convolutions and linear layers before the head, which is in float32. From
-        here on the teacher runs under autocast alone.
+        here on the teacher, which has been shown images before, runs under autocast alone.
 
         Args:
             dtype: Autocast's; None changes nothing.
