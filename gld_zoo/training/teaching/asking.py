@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Iterator
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 
 from gld_zoo.training.build.teacher import Teacher
 from gld_zoo.training.common.errors import DiskError, StoreError, TrainingError
 from gld_zoo.training.data.batches import NumberedBatches, Share
 from gld_zoo.training.teaching.answers import DTYPES, Answers
 from gld_zoo.training.teaching.store import Store
+from gld_zoo.training.teaching.together import on_main
 
-Value = TypeVar("Value")
 IN_HAND = 256  # batches of rows that are kept on their device before they are moved to the CPU
 ON_DEVICE = 1 << 30  # bytes of a view that a GPU holds
 PART_SECONDS = 60.0  # of asking for missing rows, after which they are written
@@ -63,11 +61,11 @@ class AskedOnce:
         store.head = head if answers.what == "logits" else None
         self.told = False
         self.refusal: str | None = "it is only read"
-        self.on_main(self._check_heads)
+        on_main(self.accelerator, self._check_heads)
 
     def begin_writing(self) -> None:
         """Take the store for this run to write, if that can be."""
-        self.refusal = self.on_main(self.store.begin_writing)
+        self.refusal = on_main(self.accelerator, self.store.begin_writing)
 
     @property
     def writes(self) -> bool:
@@ -86,28 +84,10 @@ class AskedOnce:
                 "name another teacher_store"
             )
 
-    def on_main(self, work: Callable[[], Value]) -> Value:
-        """Return on all processes what the main one found.
-
-        Raises:
-            StoreError: If it could not be done.
-        """
-        outcome: list[Any] = [None, None]
-        if self.accelerator.is_main_process:
-            try:
-                outcome[0] = work()
-            except (TrainingError, OSError) as error:
-                outcome[1] = str(error)
-        if self.accelerator.num_processes > 1:
-            broadcast_object_list(outcome)
-        if outcome[1] is not None:
-            raise StoreError(outcome[1])
-        return outcome[0]
-
     def begin(self, view: int) -> None:
         """Read a view if it is complete; else ask the teacher for it."""
         self.view, self.seconds, self.known = view, 0.0, None
-        if self.on_main(lambda: self._usable(view)):
+        if on_main(self.accelerator, lambda: self._usable(view)):
             self.known = self.store.rows(view)
             here = self.accelerator.device
             if here.type == "cuda" and self.known.nbytes <= ON_DEVICE:
@@ -201,13 +181,13 @@ class AskedOnce:
         self.save()
         if self._stopped():
             return None
-        self.on_main(self._join)
+        on_main(self.accelerator, self._join)
         told = f"view {self.view + 1} of {self.store.views} is kept in {self.store.folder}"
         return None if self._stopped() else told
 
     def _missing(self) -> Iterator[None]:
         """Ask for this process's share of the rows that no part has; stop to have them written."""
-        missing = self.on_main(lambda: self.store.missing(self.view).tolist())
+        missing = on_main(self.accelerator, lambda: self.store.missing(self.view).tolist())
         own = self.share.of(torch.tensor(missing, dtype=torch.int64))
         written = time.monotonic()
         if not len(own):

@@ -8,14 +8,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import broadcast_object_list
-
-from gld_zoo.training.common.errors import StoreError, TrainingError
 from gld_zoo.training.data.batches import WithRows
 from gld_zoo.training.data.memory import MemoryBatches
 from gld_zoo.training.teaching.answers import Answers, choose_answers
 from gld_zoo.training.teaching.key import ingredients, key_of
 from gld_zoo.training.teaching.store import DamagedStoreError, Store
+from gld_zoo.training.teaching.together import on_main
 
 
 def open_store(run: Any) -> tuple[Store, Answers]:
@@ -29,19 +27,13 @@ def open_store(run: Any) -> tuple[Store, Answers]:
     recipe, accelerator = run.recipe, run.accelerator
     classes = len(run.source.label_names)
     answers = choose_answers(run.models.teacher, recipe.grid, classes, recipe.store_dtype)
-    found: list[Any] = [None, None]
-    if accelerator.is_main_process:
-        try:
-            info = describe_store(run, answers)
-            folder = store_folder(recipe.teacher_store, info["key"])
-            found[0] = _open(folder, info, anew=recipe.teacher_store == "auto")
-        except (TrainingError, OSError) as error:  # which all processes are to end with
-            found[1] = str(error)
-    if accelerator.num_processes > 1:
-        broadcast_object_list(found)
-    if found[1] is not None:
-        raise StoreError(found[1])
-    return found[0], answers
+
+    def found() -> Store:
+        info = describe_store(run, answers)
+        folder = store_folder(recipe.teacher_store, info["key"])
+        return _open(folder, info, anew=recipe.teacher_store == "auto")
+
+    return on_main(accelerator, found), answers
 
 
 def _open(folder: Path, info: dict[str, Any], *, anew: bool) -> Store:
