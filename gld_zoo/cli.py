@@ -115,7 +115,9 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = argparse.ArgumentParser(prog="gld-zoo", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    model: dict[str, Any] = dict(default=MODEL, help="timm name, hf-hub:ORG/NAME or local-dir:PATH")
+    model: dict[str, Any] = dict(
+        default=MODEL, help="timm name, hf-hub:ORG/NAME, local-dir:PATH or run folder"
+    )
 
     command = commands.add_parser("list", help="the zoo's models and weights")
     command.set_defaults(run=list_zoo)

@@ -125,14 +125,16 @@ def create_model(name: str, **kwargs: Any) -> Any:
     """Create a model as timm does, with one kind of error for all that can be wrong with its name.
 
     Args:
-        name: timm name, hf-hub:ORG/NAME[@REVISION] or local-dir:PATH.
+        name: timm name, hf-hub:ORG/NAME[@REVISION], local-dir:PATH or a run folder.
         **kwargs: As for `timm.create_model`.
 
     Raises:
         ValueError: If timm does not know the name, the hub does not have it or cannot be reached,
-            or its weights are missing, damaged or not the architecture's (the last is noticed only
-            with the weights' own number of classes, and not with `features_only`).
+            its run is not finished, or its weights are missing, damaged or not the architecture's
+            (the last is noticed only with the weights' own number of classes, and not with
+            `features_only`).
     """
+    name = resolve_name(name)
     try:
         return timm.create_model(name, **kwargs)
     except SafetensorError as error:
@@ -147,6 +149,20 @@ def create_model(name: str, **kwargs: Any) -> Any:
     except (RuntimeError, ValueError, OSError, HfHubHTTPError) as error:
         reason = str(error) or f"{type(error).__name__}: its file of weights is missing"
         raise ValueError(reason) from error
+
+
+def resolve_name(name: str) -> str:
+    """Return what timm loads: of a run folder its `last/`, else the name itself.
+
+    Raises:
+        ValueError: If a run folder holds no finished run.
+    """
+    folder = Path(name)
+    if (folder / "last" / "config.json").is_file():
+        return f"local-dir:{folder / 'last'}"
+    if (folder / "recipe.yaml").is_file():
+        raise ValueError(f"{name} holds no finished run; go on with it by --resume")
+    return name
 
 
 def push_to_hub(

@@ -20,7 +20,7 @@ class Predictor:
     """A pretrained model with its preprocessing and class names.
 
     Args:
-        name: timm name, hf-hub:ORG/NAME or local-dir:PATH.
+        name: timm name, hf-hub:ORG/NAME, local-dir:PATH or a run folder.
 
     Raises:
         CommandError: If it cannot be created with weights.

@@ -71,6 +71,20 @@ def test_predictions_are_the_models_own(pictures, capsys):
             assert found["probability"] == pytest.approx(value, abs=1e-5)
 
 
+def test_a_run_folder_is_a_model(pictures, student_run, tmp_path, capsys):
+    """The newcomer's next step after a run: no path within it to know of."""
+    picture = pictures / "0.png"
+    by_folder, by_path = (
+        run(capsys, "predict", picture, "--model", name)
+        for name in (student_run, f"local-dir:{student_run}/last")
+    )
+    assert by_folder == by_path
+    run(capsys, "explain", picture, "--model", student_run, "-o", tmp_path / "x.png")
+    (tmp_path / "recipe.yaml").write_text("student: gld_resnet20\n")
+    message = run(capsys, "predict", picture, "--model", tmp_path, code="error")
+    assert "holds no finished run; go on with it by --resume" in message
+
+
 def test_a_bad_file_is_named_and_the_others_are_done(pictures, capsys):
     wanted = [pictures / "notes.txt", pictures / "none.png", pictures / "*.png"]
     output = run(capsys, "predict", *wanted, "--top", 1, code=1)

@@ -31,7 +31,6 @@ from gld_zoo.training.common.errors import DataError, ModelError
 from gld_zoo.training.data.batches import Normalize, Transforms
 from gld_zoo.training.data.memory import Split, decode
 from gld_zoo.training.data.sources import ImageSource
-from gld_zoo.training.measure.inputs import resolve_name
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -223,7 +222,7 @@ def _model_and_inputs(
     name: str, split: Split, label_names: list[str] | None = None
 ) -> tuple[Any, torch.Tensor]:
     """Return a model, of those classes if they are given, and the images as it takes them."""
-    model = create_frozen(resolve_name(name), CPU, label_names=label_names)
+    model = create_frozen(name, CPU, label_names=label_names)
     config = resolve_model_data_config(model)
     inputs = Normalize(config["mean"], config["std"], CPU)(split.images)
     size = config["input_size"][-1]

@@ -71,7 +71,7 @@ def _check_count(model: Any, label_names: Sequence[str], title: str, remedy: str
     if model.num_classes != len(label_names):
         raise ModelError(
             f"{title} has {model.num_classes} classes and the dataset {len(label_names)}; {remedy} "
-            "(teacher: null trains one, local-dir:RUN/last is it)"
+            "(teacher: null trains one, and its run folder is one)"
         )
 
 

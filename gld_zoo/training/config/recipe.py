@@ -45,11 +45,12 @@ class Recipe(Options):
 
     student: str = option(
         dataclasses.MISSING,
-        "model to train: timm name, hf-hub:ORG/NAME or local-dir:PATH",
+        "model to train: timm name, hf-hub:ORG/NAME, local-dir:PATH or run folder",
     )
     teacher: str | None = option(
         None,
-        "model to distil from: timm name, hf-hub:ORG/NAME or local-dir:PATH; null for labels alone",
+        "model to distil from: timm name, hf-hub:ORG/NAME, local-dir:PATH or run folder; null for "
+        "labels alone",
     )
     teacher_size: int | Literal["own"] | None = option(
         None,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -45,24 +44,11 @@ def build_measured(
     Raises:
         ModelError: If it cannot be built with its weights, has other classes, or refuses the size.
     """
-    model = create_frozen(resolve_name(name), device, label_names=label_names, role=role)
+    model = create_frozen(name, device, label_names=label_names, role=role)
     config = resolve_model_data_config(model)
     size = square_size(config, image_size)
     check_takes(name, model, size, device)
     return Measured(model, config, size)
-
-
-def resolve_name(name: str) -> str:
-    """Return what timm loads: a run folder's `last/`, or the name itself.
-
-    Raises:
-        ModelError: If a run folder holds no finished run.
-    """
-    if (Path(name) / "last" / "config.json").is_file():
-        return f"local-dir:{name}/last"
-    if (Path(name) / "recipe.yaml").is_file():
-        raise ModelError(f"{name} holds no finished run; go on with it by --resume")
-    return name
 
 
 def square_size(config: dict[str, Any], image_size: int | None) -> int:

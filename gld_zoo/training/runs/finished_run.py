@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from gld_zoo.hub import resolve_name
 from gld_zoo.training.common.disk import sha256
 from gld_zoo.training.common.errors import RunError
 from gld_zoo.training.config.recipe import Recipe
@@ -142,6 +143,7 @@ def _schedule(recipe: Recipe) -> str:
 
 def _portable(name: str) -> str:
     """Return a model's name, of a folder the last two parts alone."""
+    name = resolve_name(name) if Path(name).is_dir() else name
     if not name.startswith("local-dir:"):
         return name
     return "local-dir:" + "/".join(Path(name.removeprefix("local-dir:")).parts[-2:])

@@ -28,6 +28,7 @@ from gld_zoo.training.commands.distill import cli, teaches_photographs
 from gld_zoo.training.common.errors import ModelError, NonFiniteLossError
 from gld_zoo.training.config.recipe import Recipe
 from gld_zoo.training.engine.totals import Totals
+from gld_zoo.training.runs.finished_run import FinishedRun
 from gld_zoo.training.runs.run_folder import summarize
 from gld_zoo.training.tasks.distiller import accuracy
 from helpers import CHECKOUT, FEATURES, SMALL_RUN, launch, read_lines, write_dataset
@@ -171,6 +172,17 @@ def test_scores_are_float32_under_bf16_training(
     assert not slow or "no instructions for bf16" in output
     assert json.loads((run / "env.json").read_text())["mixed_precision"] == "bf16"
     assert_logged_scores_are_those_of_last(run, tiny_dataset)
+
+
+def test_a_run_folder_teaches_as_its_last_weights_do(
+    student_run, teacher_run, tiny_dataset, tmp_path, distill
+):
+    run = tmp_path / "run"
+    options = [*SMALL_RUN, "--dataset", tiny_dataset, "--run", run]
+    distill(*options, "--teacher", teacher_run)
+    name = "model.safetensors"
+    assert (run / "last" / name).read_bytes() == (student_run / "last" / name).read_bytes()
+    assert FinishedRun.load(run).portable().teacher == "local-dir:teacher/last"
 
 
 @pytest.mark.slow
