@@ -36,6 +36,7 @@ TRAINING_COMMANDS = dict(
     detect=TrainingCommand("train SSD300 on a backbone", "detection"),
     segment=TrainingCommand("train DeepLabV3+ on a backbone", "segmentation"),
     evaluate=TrainingCommand("measure a model on a dataset", "train"),
+    compare=TrainingCommand("measure several models on a dataset, side by side", "train"),
     probe=TrainingCommand("measure a linear classifier on a model's features", "train"),
     draw=TrainingCommand("draw what a detector or a segmenter finds in images", "train"),
     export=TrainingCommand("make a folder for the hub of a finished run, and push it", "train"),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from datasets import ClassLabel, Dataset, Features, Image
+from PIL import Image as PictureFile
 
 import gld_zoo
 from gld_zoo.results import Row
@@ -68,3 +69,11 @@ def row(**values):
     run = dict(seed=0, top1=70.0, top5=90.0, best_epoch=1, best_epoch_top1=70.0, commit="x")
     usual = dict(dataset="x", teacher=None, recipe="x", changes={}, precision="float32", sha256="x")
     return Row.from_dict(dict(usual, hardware="cpu", parameters=1, runs=[run]) | values)
+
+
+def assert_picture(path):
+    """Assert that a file is a PNG with something on it; return its width and height."""
+    with PictureFile.open(path) as picture:
+        assert picture.format == "PNG"
+        assert len(picture.convert("RGB").getcolors(maxcolors=1 << 24)) > 20
+        return picture.size

@@ -29,12 +29,12 @@ def saved(tmp_path_factory):
     return model, folder
 
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+DOCUMENT = (Path(__file__).parent.parent / "docs" / "interoperation.md").read_text()
 
 
-@pytest.mark.parametrize("code", re.findall(r"`(smp\.[^`]+)`", README))
+@pytest.mark.parametrize("code", re.findall(r"`(smp\.[^`]+)`", DOCUMENT))
 @torch.no_grad()
-def test_segmentation_models_pytorch_as_readme_has_it(code):
+def test_segmentation_models_pytorch_as_the_document_has_it(code):
     smp = pytest.importorskip("segmentation_models_pytorch")
     model = eval(code, dict(smp=smp)).eval()
     assert model(torch.randn(2, 3, 64, 96)).shape == (2, 1, 64, 96)

@@ -1,4 +1,4 @@
-"""Write the tables and commands of README.md and MODEL_CARD.md from gld_zoo/results.json.
+"""Write the tables and commands of the documents from gld_zoo/results.json.
 
     python train/card.py
 
@@ -17,7 +17,7 @@ from typing import Any
 from gld_zoo.results import Results, Row
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-DOCUMENTS = [CHECKOUT / "README.md", CHECKOUT / "MODEL_CARD.md"]
+DOCUMENTS = [CHECKOUT / name for name in ("README.md", "MODEL_CARD.md", "docs/reproduce.md")]
 ROLES = ("teacher", "alone", "gld")
 
 
@@ -60,6 +60,19 @@ def weights_table(results: Results) -> list[str]:
             "; ".join(f"{run.best_epoch_top1:.2f} at {run.best_epoch}" for run in row.runs),
         ]
         lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def shipped_table(results: Results) -> list[str]:
+    """Return one line a set of weights that ships: what it is and what it scores."""
+    lines = [
+        "| weights | taught by | parameters | epochs | top-1 | top-5 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, row in results.weights.items():
+        teacher = f"`{row.teacher.name}`" if row.teacher else "labels alone"
+        cells = [f"`{name}`", teacher, f"{row.parameters:,}", epochs_of(row, results.rows)]
+        lines.append(f"| {' | '.join([*cells, row.mean(), row.mean('top5')])} |")
     return lines
 
 
@@ -127,6 +140,7 @@ def mean_of(row: Row | None) -> str:
 BLOCKS: dict[str, Callable[[Results], list[str]]] = {
     "setups": setups_table,
     "weights": weights_table,
+    "shipped": shipped_table,
     "commands": commands,
 }
 

@@ -4,11 +4,12 @@
     python train/figures.py concentration --models '{global: RUN, local: RUN}' --dataset DIR
     python train/figures.py local_predictions --models '{alone: MODEL, GLD: MODEL}' --out FILE.png
     python train/figures.py components --out FILE.png
+    python train/figures.py zoo --out FILE.png
     python train/figures.py curves --runs '{pretrained: RUN, random: RUN}' --metrics '[test_miou]' \
         --out FILE.png
 
 A model is a timm name, hf-hub:ORG/NAME, local-dir:PATH or a run folder. Images are of the bundled
-test split unless another dataset is named; `components` reads gld_zoo/results.json.
+test split unless another dataset is named; `components` and `zoo` read gld_zoo/results.json.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from jsonargparse import auto_cli
 from timm.data import resolve_model_data_config
 
 from gld_zoo import global_local_logits
-from gld_zoo.results import PATH, Results
+from gld_zoo.results import PATH, Results, Row
 from gld_zoo.training.build.create import create_frozen
 from gld_zoo.training.common.errors import DataError, ModelError
 from gld_zoo.training.data.batches import Normalize, Transforms
@@ -38,6 +39,8 @@ from matplotlib import pyplot as plt
 BUNDLED = "gld_zoo/data/cifar100_mini"
 CPU = torch.device("cpu")
 COMPONENTS = ("alone", "global", "local", "relation", "all")
+PUBLIC = Path(__file__).parent.parent / "figures" / "public_zoos.json"
+MARKERS = "sDv^"  # of the public zoos, in their file's order
 
 
 def activations(
@@ -169,6 +172,58 @@ def components(out: Path) -> None:
     _save(figure, out)
 
 
+def zoo(out: Path, public: Path = PUBLIC) -> None:
+    """Draw top-1 on CIFAR-100 against parameters: the weights that ship, and public zoos' numbers.
+
+    Args:
+        out: PNG to write.
+        public: JSON of the others: of each zoo its name and, by model, millions of parameters and
+            top-1 in %.
+    """
+    figure, ax = plt.subplots(figsize=(8.6, 3.2), layout="constrained")
+    others = json.loads(public.read_text(encoding="utf-8"))
+    for other, marker in zip(others, MARKERS, strict=True):
+        parameters, scores = zip(*other["models"].values(), strict=True)
+        epochs = other["epochs"] or "untold number of"
+        label = f"{other['zoo']}, {epochs} epochs, labels alone"
+        ax.scatter(parameters, scores, s=18, marker=marker, color="0.6", label=label)
+    for label, colour, distilled in (
+        ("gld_zoo, labels alone", "tab:blue", False),
+        ("gld_zoo, distilled", "tab:red", True),
+    ):
+        best = _best_weights(distilled)
+        places = [
+            (row.parameters / 1e6, statistics.mean(run.top1 for run in row.runs))
+            for row in best.values()
+        ]
+        lengths = sorted(row.epochs or 0 for row in best.values())
+        label += f", {lengths[0]} to {lengths[-1]} epochs" if lengths else ""
+        ax.scatter(*zip(*places, strict=True), s=30, color=colour, label=label, zorder=3)
+        for name, (x, y) in zip(best, places, strict=True):
+            place = (4, 4) if distilled else (4, -10)
+            text = name.removeprefix("gld_")
+            ax.annotate(text, (x, y), place, textcoords="offset points", fontsize=7, color=colour)
+    ax.set_xscale("log")
+    ax.set_xticks([0.2, 0.5, 1, 2, 5, 10], labels=["0.2", "0.5", "1", "2", "5", "10"], minor=False)
+    ax.set(xlabel="parameters, millions", ylabel="CIFAR-100 top-1, %", xlim=(0.15, 20))
+    ax.grid(alpha=0.3)
+    figure.legend(fontsize=7, loc="outside right upper", frameon=False)
+    _save(figure, out)
+
+
+def _best_weights(distilled: bool) -> dict[str, Row]:
+    """Return of each architecture the weights that ship which score best, distilled or not."""
+    best: dict[str, Row] = {}
+    for name, row in Results.load().weights.items():
+        architecture = name.partition(".")[0]
+        held = best.get(architecture)
+        if (row.teacher is not None) is distilled and (
+            held is None or row.runs[0].top1 > held.runs[0].top1
+        ):
+            best[architecture] = row
+    return best
+
+
 def curves(runs: dict[str, Path], metrics: list[str], out: Path) -> None:
     """Draw what runs measured epoch by epoch: a panel for each metric, in it a line for each run.
 
@@ -258,7 +313,8 @@ def _save(figure: Any, out: Path) -> None:
 if __name__ == "__main__":
     try:
         auto_cli(
-            [activations, concentration, local_predictions, components, curves], as_positional=False
+            [activations, concentration, local_predictions, components, zoo, curves],
+            as_positional=False,
         )
     except (DataError, ModelError) as error:
         sys.exit(f"error: {error}")

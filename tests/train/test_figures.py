@@ -4,17 +4,10 @@ import json
 
 import pytest
 import torch
-from PIL import Image
 
 import figures
-from helpers import row
-
-
-def assert_picture(path):
-    with Image.open(path) as picture:
-        assert picture.format == "PNG"
-        assert len(picture.convert("RGB").getcolors(maxcolors=1 << 24)) > 20
-        return picture.size
+from gld_zoo.results import Results
+from helpers import assert_picture, row
 
 
 def test_activations_have_a_column_a_model_and_a_row_an_image(tmp_path):
@@ -147,3 +140,16 @@ def test_curves_of_what_was_not_measured_say_what_was(tmp_path):
         figures.curves(dict(x=tmp_path / "none"), ["test_top1"], tmp_path / "curves.png")
     assert "none holds no run with an epoch done" in str(stop.value.code)
     assert not (tmp_path / "curves.png").exists()
+
+
+def test_the_zoo_is_drawn_beside_the_public_ones(tmp_path, monkeypatch):
+    labels = []
+    monkeypatch.setattr(
+        "matplotlib.axes.Axes.annotate", lambda self, text, place, *_, **__: labels.append(text)
+    )
+    figures.zoo(tmp_path / "zoo.png")
+    assert_picture(tmp_path / "zoo.png")
+    names = {name.partition(".")[0].removeprefix("gld_") for name in Results.load().weights}
+    assert set(labels) == names
+    best = figures._best_weights(distilled=False)["gld_resnet110"]
+    assert best.runs[0].top1 == 67.34  # of two rows of the labels alone

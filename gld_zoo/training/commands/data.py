@@ -32,7 +32,7 @@ RARE = 10  # classes that the table shows
 def cli(arguments: list[str], prog: str | None = None) -> None:
     """Run the command line; a mistake ends the program with one line that names it."""
     parser = ArgumentParser(prog=prog, description=__doc__.splitlines()[0])
-    add_source_options(parser, positional=True)
+    add_source_options(parser, positional=True, test_fraction="auto")
     parser.add_argument("--bbox_format", type=str, default="xyxy", help="of boxes: xyxy or xywh")
     parser.add_argument(
         "--duplicates", type=bool, default=True, help="decode all images to find equal ones"

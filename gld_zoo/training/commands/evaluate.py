@@ -1,7 +1,7 @@
 """Measure a model on a dataset: accuracy, local rows, calibration, agreement, size and speed.
 
     gld-zoo evaluate --model gld_wrn16_1 --dataset uoft-cs/cifar100
-    gld-zoo evaluate --model runs/mine-0 --dataset DIR --teacher gld_wrn16_2 --json out.json
+    gld-zoo evaluate --model runs/mine-0 --teacher gld_wrn16_2 --json out.json
 
 In float32, with the preprocessing of the model's cfg; images/s is the forward pass alone.
 """
@@ -20,8 +20,8 @@ from gld_zoo.training.common.devices import measuring_device
 from gld_zoo.training.common.disk import write_text
 from gld_zoo.training.common.errors import TrainingError
 from gld_zoo.training.config.dataset_options import add_source_options
-from gld_zoo.training.data.sources import open_source
 from gld_zoo.training.measure.evaluation import evaluate
+from gld_zoo.training.measure.inputs import open_test_source
 from gld_zoo.training.measure.tables import table
 
 
@@ -32,7 +32,7 @@ def cli(arguments: list[str], prog: str | None = None) -> None:
     model = "timm name, hf-hub:ORG/NAME, local-dir:PATH or run folder"
     parser.add_argument("--model", type=str, required=True, help=model)
     parser.add_argument("--teacher", type=str | None, help=f"compare with it: {model}")
-    add_source_options(parser)
+    add_source_options(parser, required=False)
     parser.add_argument(
         "--grid", type=NonNegativeInt, default=2, help="cells a side; 0: no local rows"
     )
@@ -55,7 +55,7 @@ def cli(arguments: list[str], prog: str | None = None) -> None:
     try:
         result = evaluate(
             options.model,
-            open_source(options),
+            open_test_source(options, [options.model]),
             teacher=options.teacher,
             grid=options.grid,
             image_size=options.image_size,

@@ -98,7 +98,7 @@ def _pick(
         if len(found) == 1:
             return found[0], f"the only one of type {title}"
         if named:
-            return named[0], f"by its name, of {listed(found)}"
+            return named[0], f"the usual name among {listed(found)}"
         if found:
             raise DataError(
                 f"{name} has several columns of type {title}: {listed(found)}; name one by {option}"

@@ -215,9 +215,10 @@ def encoded(table: Table, image: str, *others: str, folder: Path | None = None) 
 def facts(source: ImageSource, empty: Sequence[str] = ()) -> list[str]:
     """Return at most two lines on what of a dataset is read otherwise than one might think."""
     words = [
-        f"column {column!r} of {kind}s, {source.column_reasons[kind]}"
+        f"the {kind}s are column {column!r}, {source.column_reasons[kind]} (--{kind}_column names "
+        "another)"
         for kind, column in (("image", source.image_column), ("label", source.label_column))
-        if source.column_reasons[kind].startswith("by")
+        if source.column_reasons[kind].startswith("the usual")
     ]
     if empty:
         words.append(f"no training image of {listed(empty)}")

@@ -41,7 +41,7 @@ def standing(task: Task, means: dict[str, float], lr: float, images_per_second: 
     """Return what the bar shows beside itself: the epoch so far, of which a narrow window cuts."""
     score = means.get(f"train_{task.metric}")
     shown = "" if score is None else f"{task.metric_title} {score:.1f} "
-    return f"{shown}{images_per_second:.0f} images/s lr {lr:g} {_terms(means)}"
+    return f"{shown}{images_per_second:.0f} images/s lr {lr:.3g} {_terms(means)}"
 
 
 def start_line(task: Task, position: tuple[int, int], before: dict[str, Any]) -> str:
@@ -96,7 +96,7 @@ def epoch_line(line: dict[str, Any], task: Task, history: list[dict[str, Any]]) 
         shown += f" train {line[f'train_{metric}']:.2f}"
     return (
         f"epoch {line['epoch']}/{epochs}  {shown}  "
-        f"{_terms(line)}  lr {line['lr']:g}  {line['images_per_second']:.0f} images/s  "
+        f"{_terms(line)}  lr {line['lr']:.3g}  {line['images_per_second']:.0f} images/s  "
         f"{minutes:.1f} min left"
     )
 

@@ -60,7 +60,7 @@ def evaluate(
     result = dict(
         model=name,
         dataset=source.name,
-        **_of_scores(scores, measured, device),
+        **of_scores(scores, measured, device),
         mirror=mirror,
         class_top1=dict(zip(labels, scores.top1_by_class(), strict=True)),
         **(dict(local_top1=missing or scores.local_top1()) if grid else {}),
@@ -89,7 +89,7 @@ def _reference(
     return Teacher(theirs.model, None, measured.config["mean"], measured.config["std"])
 
 
-def _of_scores(scores: Scores, measured: Measured, device: torch.device) -> dict[str, Any]:
+def of_scores(scores: Scores, measured: Measured, device: torch.device) -> dict[str, Any]:
     """Return accuracy in %, calibration, size and speed of a model."""
     model, size = measured.model, measured.size
     return dict(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -10,10 +11,12 @@ from timm.data import resolve_model_data_config
 
 from gld_zoo.training.build.create import create_frozen
 from gld_zoo.training.build.refusals import check_takes
-from gld_zoo.training.common.errors import ModelError
+from gld_zoo.training.common.errors import DataError, ModelError
+from gld_zoo.training.config.recipe import Recipe
 from gld_zoo.training.data.batches import EvalBatches, Share
 from gld_zoo.training.data.loaders import eval_batches
 from gld_zoo.training.data.rows import Rows
+from gld_zoo.training.data.sources import ImageSource, open_source
 
 
 class Measured(NamedTuple):
@@ -49,6 +52,25 @@ def build_measured(
     size = square_size(config, image_size)
     check_takes(name, model, size, device)
     return Measured(model, config, size)
+
+
+def open_test_source(options: Any, names: Sequence[str]) -> ImageSource:
+    """Find the dataset that options name, or that of the first run folder among some names.
+
+    Args:
+        options: As `add_source_options` gives a parser; `dataset` may be None.
+        names: Of models.
+
+    Raises:
+        DataError: If it is not there or not usable, or nothing names one.
+    """
+    if options.dataset is not None:
+        return open_source(options)
+    recipes = (Path(name) / "recipe.yaml" for name in names)
+    found = next((path for path in recipes if path.is_file()), None)
+    if found is None:
+        raise DataError(f"none of {', '.join(names)} is a run folder; name a --dataset")
+    return open_source(Recipe.load(found))
 
 
 def square_size(config: dict[str, Any], image_size: int | None) -> int:

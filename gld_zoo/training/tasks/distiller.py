@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from timm.task import ClassificationEvaluator
 
 from gld_zoo import GLDLoss
+from gld_zoo.distillation.maps import grids_of
 from gld_zoo.hub import save_pretrained
 from gld_zoo.training.build.create import create_frozen, set_training_mode
 from gld_zoo.training.build.run_models import build_models
@@ -25,6 +26,8 @@ from gld_zoo.training.data.sources import ImageSource, facts, open_source
 from gld_zoo.training.engine.task import Task, Terms
 from gld_zoo.training.runs.on_record import labels_alone
 from gld_zoo.training.teaching.taught import Run, TaughtBy
+
+BUNDLED = "cifar100_mini"  # the images that come with the package, for a first look alone
 
 
 class Distiller(Task):
@@ -147,7 +150,31 @@ class Distiller(Task):
             lines.append(f"beta {beta:g}: the paper's {PAPER_BETA:g} scaled to the rows of a batch")
         if not self.recipe.finetune and (":" in student or "." in student):
             lines.append(f"{student} begins at random; --finetune all begins with its weights")
-        return [*lines, *(self.taught_by.introduction() if self.taught_by else [])]
+        lines += self.taught_by.introduction() if self.taught_by else []
+        return [*lines, self.lesson()]
+
+    def lesson(self) -> str:
+        """Return a line on what the student learns from, and for how long."""
+        *others, last = self.learns_from()
+        sources = f"{', '.join(others)} and {last}" if others else last
+        return (
+            f"learning from {sources}: {self.recipe.epochs} epochs of {len(self.data.train):,} "
+            f"batches of {self.recipe.batch_size} images"
+        )
+
+    def learns_from(self) -> list[str]:
+        """Return what the loss compares the student with, in words."""
+        if self.taught_by is None:
+            return ["the labels"]
+        loss: Any = self.criterion
+        grids = " and ".join(f"{grid}x{grid}" for grid in grids_of(self.recipe.grid))
+        parts = [
+            (loss.ce_weight, "the labels"),
+            (loss.global_weight, "the teacher's logits of whole images"),
+            (loss.local_weight, f"the teacher's logits of {grids} cells"),
+            (loss.beta, "the relations among all these logits"),
+        ]
+        return [words for weight, words in parts if weight] or ["nothing, as every weight is 0"]
 
     def remembered(self) -> dict[str, Any]:
         """Return the scores that need not be measured again, and of which weights they are."""
@@ -185,7 +212,20 @@ class Distiller(Task):
             f"student {before}, {summary['top1']:.2f} % after",
             f"run folder {run}, with curves.png; the student: import timm, gld_zoo; "
             f"timm.create_model('local-dir:{run}/last', pretrained=True)",
+            *self.next_steps(run),
         ]
+
+    def next_steps(self, run: Path) -> list[str]:
+        """Return what people may want to do with a finished run."""
+        steps = [f"to see what it sees where: gld-zoo explain IMAGE --model {run} -o OUT.png"]
+        if Path(self.source.name).name == BUNDLED:
+            return [
+                *steps,
+                "to teach one on photographs of your own, a folder of them for each class: "
+                "gld-zoo distill --dataset FOLDER --teacher NAME --teacher_head fit --student NAME "
+                "(docs/own_photos.md)",
+            ]
+        return [*steps, f"to publish it: gld-zoo export {run} FOLDER --push ORG/NAME"]
 
     def more_summary(self, run: Path) -> dict[str, Any]:
         """Return the dataset, the teacher, and the top-1 of the weights selected, if any were."""

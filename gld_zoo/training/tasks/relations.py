@@ -70,6 +70,13 @@ class RelationDistiller(Distiller):
             target = smooth(target, logits.shape[-1], self.recipe.label_smoothing)
         return self.criterion(features, theirs, logits, target), scores
 
+    def learns_from(self) -> list[str]:
+        """Return what the loss compares the student with, in words."""
+        loss: Any = self.criterion
+        labels = self.source.is_labelled and loss.ce_weight
+        parts = [(labels, "the labels"), (loss.beta, "the relations among the teacher's features")]
+        return [words for weight, words in parts if weight] or ["nothing, as every weight is 0"]
+
     @torch.no_grad()
     def measure(self, model: nn.Module, batches: EvalBatches) -> dict[str, float]:
         """Return the student's loss, top-1 and top-5; without labels how its neighbours agree."""

@@ -237,8 +237,9 @@ def test_of_several_columns_the_usual_names_are_taken_and_told(tmp_path):
     source = ImageSource(write_parquet(tmp_path, splits, dict.fromkeys(splits, features)))
     assert_read(source, dict(ant=(1, 1), bee=(1, 1)))
     assert facts(source) == [
-        "column 'image' of images, by its name, of thumb, image; column 'label' of labels, by its "
-        "name, of split, label"
+        "the images are column 'image', the usual name among thumb, image (--image_column names "
+        "another); the labels are column 'label', the usual name among split, label "
+        "(--label_column names another)"
     ]
     renamed = dict(image="large", label="kind")
     other = {renamed.get(name, name): values for name, values in columns.items()}
