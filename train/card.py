@@ -97,25 +97,35 @@ def command(name: str, row: Row, seed: int, *, own_folder: bool) -> str:
         for key, value in options.items()
     }
     words = [word for key, value in values.items() for word in (f"--{key}", value)]
-    return shlex.join([*launcher(row), "gld_zoo.training.distill", *words])
+    return shlex.join([*launcher(row), *words])
 
 
 def launcher(row: Row) -> list[str]:
-    """Return what starts a row's processes; on a CPU Accelerate starts one, whatever it is told."""
-    on_cpu, precision, count = row.hardware.startswith("cpu"), row.precision, str(row.processes)
-    if on_cpu and count != "1":
-        settings = ["ACCELERATE_USE_CPU=true", f"ACCELERATE_MIXED_PRECISION={precision}"]
-        used = settings if precision != "float32" else settings[:1]
-        # after -- torchrun does not take --run for an option of its own
-        return [*used, "torchrun", "--nproc_per_node", count, "-m", "--"]
-    words = ["accelerate", "launch"]
-    if on_cpu:
-        words.append("--cpu")
-    if count != "1":
-        words += ["--num_processes", count]
-    if precision != "float32":
-        words += ["--mixed_precision", precision]
-    return [*words, "-m"]
+    """Return what starts a row's processes.
+
+    All that Accelerate's launcher would else warn of is told it; on a CPU it starts one process,
+    whatever it is told, so that several are torchrun's there.
+    """
+    count, precision = str(row.processes), row.precision
+    settings = [f"ACCELERATE_MIXED_PRECISION={precision}"] if precision != "float32" else []
+    if count == "1":
+        return [*settings, "gld-zoo", "distill"]
+    program = "gld_zoo.training.distill"
+    if row.hardware.startswith("cpu"):
+        launched = ["ACCELERATE_USE_CPU=true", *settings, "torchrun", "--nproc_per_node", count]
+        return [*launched, "-m", "--", program]  # after -- torchrun does not take --run
+    precision = "no" if precision == "float32" else precision
+    options = ["--num_processes", count, "--num_machines", "1", "--mixed_precision", precision]
+    return [
+        "accelerate",
+        "launch",
+        "--multi_gpu",
+        *options,
+        "--dynamo_backend",
+        "no",
+        "-m",
+        program,
+    ]
 
 
 def epochs_of(row: Row | None, rows: dict[str, Row]) -> str:

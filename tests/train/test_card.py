@@ -20,6 +20,7 @@ from release import changes
 PACKAGE = CHECKOUT / "gld_zoo"
 RESULTS = Results.load()
 CPU = "ACCELERATE_USE_CPU=true"
+GPUS = "accelerate launch --multi_gpu --num_processes 2 --num_machines 1"
 # a teacher without a tag, which its recipe makes
 NOT_SHIPPED = {"local-dir:runs/cifar100_64_resnet34-0/last": "gld_resnet34.ce_cifar100"}
 TRAINED = RESULTS.rows
@@ -83,7 +84,7 @@ def test_each_run_has_one_command_that_is_its_recipe_with_its_changes():
     folders, found = set(), []
     for line in commands(RESULTS)[1:-1]:
         words = shlex.split(line)
-        start = words.index("gld_zoo.training.distill")
+        start = words.index("distill")
         repeat = parse_command(Recipe, "", words[start + 1 :])
         recipe = words[words.index("--config") + 1]
         name = repeat.recipe.teacher
@@ -91,7 +92,7 @@ def test_each_run_has_one_command_that_is_its_recipe_with_its_changes():
             repeat.recipe, Recipe.load(recipes.path_of(recipe)), name and dict(name=name)
         )
         teacher = NOT_SHIPPED.get(name, name)
-        found.append((recipe, made, "bf16" in words[:start], teacher))
+        found.append((recipe, made, "ACCELERATE_MIXED_PRECISION=bf16" in words[:start], teacher))
         folders.add(repeat.run)
     expected = [
         (
@@ -118,8 +119,8 @@ def test_a_row_that_goes_on_from_another_shows_the_epochs_of_both():
 @pytest.mark.parametrize(
     ("hardware", "precision", "expected"),
     [
-        ("NVIDIA H200", "bf16", "accelerate launch --num_processes 2 --mixed_precision bf16 -m"),
-        ("NVIDIA H200", "float32", "accelerate launch --num_processes 2 -m"),
+        ("NVIDIA H200", "bf16", f"{GPUS} --mixed_precision bf16 --dynamo_backend no -m"),
+        ("NVIDIA H200", "float32", f"{GPUS} --mixed_precision no --dynamo_backend no -m"),
         ("cpu", "float32", f"{CPU} torchrun --nproc_per_node 2 -m --"),
         ("cpu", "bf16", f"{CPU} ACCELERATE_MIXED_PRECISION=bf16 torchrun --nproc_per_node 2 -m --"),
     ],

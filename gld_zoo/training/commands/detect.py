@@ -1,7 +1,7 @@
 """Train SSD300 on a timm backbone: the paper's transfer to detection.
 
     gld-zoo detect --config detect_coco128 --dataset DIR
-    accelerate launch --mixed_precision bf16 -m gld_zoo.training.detect --run RUN --resume
+    ACCELERATE_MIXED_PRECISION=bf16 gld-zoo detect --run RUN --resume
 
 Run folder, resume, time limit, precision and processes are `gld-zoo distill`'s. Options: `--help`.
 """

@@ -1,7 +1,7 @@
 """Distil a student from a teacher; without one, train on labels alone (a teacher, a baseline).
 
     gld-zoo distill --config quickstart
-    accelerate launch --mixed_precision bf16 -m gld_zoo.training.distill --config RECIPE --seed 1
+    ACCELERATE_MIXED_PRECISION=bf16 gld-zoo distill --config RECIPE --seed 1
     accelerate launch --num_processes 4 -m gld_zoo.training.distill --config RECIPE --resume
     torchrun --nproc_per_node 2 -m -- gld_zoo.training.distill --config RECIPE  # on CPUs too
 

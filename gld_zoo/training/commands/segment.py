@@ -1,7 +1,7 @@
 """Train DeepLabV3+ on a timm backbone: the paper's transfer to segmentation.
 
     gld-zoo segment --config segment_camvid --dataset DIR
-    accelerate launch --mixed_precision bf16 -m gld_zoo.training.segment --run RUN --resume
+    ACCELERATE_MIXED_PRECISION=bf16 gld-zoo segment --run RUN --resume
 
 Run folder, resume, time limit, precision and processes are `gld-zoo distill`'s. Options: `--help`.
 """
