@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import math
 import textwrap
 import unicodedata
@@ -126,8 +127,11 @@ def _load_font(name: str, size: int) -> ImageFont.FreeTypeFont | None:
 
 @lru_cache
 def _unshaped(font: ImageFont.FreeTypeFont) -> ImageFont.FreeTypeFont:
-    # shaping puts a mark that the font lacks on something it has
-    return font.font_variant(layout_engine=ImageFont.Layout.BASIC)
+    # shaping puts a mark that the font lacks on something it has; `font_variant` of Pillow 12 keeps
+    # the engine where BASIC, which is 0, is asked for
+    content = io.BytesIO(font.font_bytes) if hasattr(font, "font_bytes") else font.path
+    basic = ImageFont.Layout.BASIC
+    return ImageFont.FreeTypeFont(content, font.size, font.index, layout_engine=basic)
 
 
 def _has(font: ImageFont.FreeTypeFont, letter: str) -> bool:

@@ -68,7 +68,7 @@ def test_the_first_pages_are_short():
     assert len((CHECKOUT / "MODEL_CARD.md").read_text().splitlines()) <= 80
 
 
-@pytest.mark.parametrize("block", blocks("python"))
+@pytest.mark.parametrize("block", list(blocks("python")))
 def test_code_runs(block):
     exec(block, {})
 
@@ -77,7 +77,7 @@ class TakenError(Exception):
     """Options were parsed, and none was refused."""
 
 
-@pytest.mark.parametrize("words", commands())
+@pytest.mark.parametrize("words", list(commands()))
 def test_commands_are_taken_as_they_stand(words, monkeypatch):
     name, arguments = program(words)
     arguments = ["quickstart" if word == "RECIPE" else word for word in arguments]

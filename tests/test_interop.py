@@ -126,6 +126,7 @@ def test_transformers_pipeline_shows_the_class_names(saved):
         assert line["score"] == pytest.approx(value, abs=1e-3)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_timm_validates_through_its_own_datasets_and_loader():
     model = timm.create_model("gld_wrn16_1", pretrained=True).eval()

@@ -119,7 +119,10 @@ def test_compiles_without_a_graph_break():
     [
         ("vit_tiny_patch16_224", {}, 224, "classifies its class token.*teacher_head: fit"),
         ("deit_tiny_distilled_patch16_224", {}, 224, "classifies its class token"),
-        ("vit_base_patch16_siglip_224", dict(num_classes=3), 224, "average pooling"),
+        pytest.param(
+            *("vit_base_patch16_siglip_224", dict(num_classes=3), 224, "average pooling"),
+            marks=pytest.mark.slow,
+        ),
         ("crossvit_tiny_240", {}, 240, "gives list.*need a map"),
         ("pit_ti_distilled_224", {}, 224, "not those of a map line by line"),
         ("gld_resnet20", dict(num_classes=0), 32, "no classifier"),
@@ -133,7 +136,9 @@ def test_compiles_without_a_graph_break():
         ),
         ("resnet18", dict(global_pool="max"), 64, "does not begin with average pooling"),
         ("resnet18", dict(global_pool="catavgmax"), 64, "does not begin with average pooling"),
-        ("vgg11", {}, 64, "does not begin with average pooling"),
+        pytest.param(
+            "vgg11", {}, 64, "does not begin with average pooling", marks=pytest.mark.slow
+        ),
         ("efficientvit_b0", {}, 64, "does not begin with average pooling"),
     ],
 )
@@ -166,6 +171,7 @@ def test_models_with_two_classifiers_are_taken():
         torch.testing.assert_close(global_local_logits(model, images)[:, 0], model(images))
 
 
+@pytest.mark.slow
 def test_compiled_wrapper_refuses_a_grid_finer_than_the_map():
     compiled = torch.compile(
         GlobalLocal(timm.create_model("gld_resnet20"), grid=9), backend="eager"

@@ -126,6 +126,7 @@ def test_a_map_that_is_not_square_is_folded_by_the_aspect_of_the_images():
     torch.testing.assert_close(rows[:, 2], tokens[:, :2, 3:].mean((1, 2)), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_tokens_are_compiled_without_a_graph_break():
     model = create("vit_tiny_patch16_224", dict(img_size=64, global_pool="avg"))
     wrapped, images = GlobalLocal(model), torch.randn(2, 3, 64, 64)

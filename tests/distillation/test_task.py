@@ -115,6 +115,7 @@ def test_data_parallelism_wraps_the_training_forward(task, tmp_path):
         dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_a_compiled_task_gives_the_same(task):
     images, target = example()
     expected = task.eval()(images, target)

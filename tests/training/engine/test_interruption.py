@@ -63,6 +63,7 @@ BUDGETS = dict(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -269,6 +270,7 @@ def test_a_folder_in_use_is_refused_with_its_holder(student_run, tmp_path, disti
     assert (run / "recipe.yaml").exists()
 
 
+@pytest.mark.slow
 def test_an_unreadable_image_met_in_an_epoch_costs_no_finished_step(
     student_run, rows, tmp_path, distill
 ):
@@ -375,6 +377,7 @@ def test_a_stream_that_tells_no_counts_trains(rows, tmp_path, distill):
     assert (tmp_path / "run" / "summary.json").exists()
 
 
+@pytest.mark.slow
 def test_images_read_when_needed_train_and_resume_too(tiny_dataset, tmp_path, distill):
     options = [*SMALL_RUN, "--dataset", tiny_dataset, "--in_memory", "false", "--workers", 1]
     options += ["--crop", "resized", "--crop_pct", 0.875]

@@ -54,7 +54,8 @@ def trainer_of(folder, **values):
     return trainer
 
 
-@pytest.mark.parametrize("in_memory", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("in_memory", [True, False])
 def test_a_store_gives_the_rows_and_the_losses_of_the_living_teacher(
     teacher_run, tiny_dataset, tmp_path, in_memory
 ):
@@ -210,6 +211,7 @@ def test_a_disk_that_refuses_the_head_costs_the_store(tiny_dataset, tmp_path, di
     assert (tmp_path / "run" / "summary.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_complete_store_on_a_disk_that_cannot_be_written_is_read(
     options, tmp_path, distill, monkeypatch
 ):
@@ -308,6 +310,7 @@ def test_verify_tells_rows_of_another_teacher(options, tmp_path, distill, capsys
     assert stop.value.code != 0
 
 
+@pytest.mark.slow
 def test_build_then_runs_of_any_seed_share_a_store(options, tmp_path, distill, capsys):
     folder = tmp_path / "store"
     kept = [*options, "--teacher_store", folder, "--augment_seed", 7]
@@ -324,6 +327,7 @@ def test_build_then_runs_of_any_seed_share_a_store(options, tmp_path, distill, c
     assert facts["images"] == 64
 
 
+@pytest.mark.slow
 def test_auto_is_a_folder_for_the_key_and_a_damaged_one_is_set_aside(
     options, tmp_path, distill, monkeypatch
 ):
@@ -426,7 +430,14 @@ def test_a_teacher_sees_the_pixels_resized_without_aliases(teacher_run):
 
 
 @pytest.mark.parametrize(
-    "kind", ["labelled", pytest.param("a column less", marks=pytest.mark.slow), "a flat folder"]
+    "kind",
+    [
+        "labelled",
+        *(
+            pytest.param(each, marks=pytest.mark.slow)
+            for each in ("a column less", "a flat folder")
+        ),
+    ],
 )
 def test_relations_alone_teach_with_labels_or_without(rows, tmp_path, distill, kind):
     teacher = vision_transformer(tmp_path / "teacher", 7)
