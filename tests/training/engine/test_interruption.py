@@ -64,13 +64,7 @@ BUDGETS = dict(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "options",
-    [
-        pytest.param(options, id=name, marks=[] if name == "mixed" else [pytest.mark.slow])
-        for name, options in BUDGETS.items()
-    ],
-)
+@pytest.mark.parametrize("options", BUDGETS.values(), ids=BUDGETS)
 def test_whatever_is_trained_with_goes_on_to_the_same_bits_from_any_step(
     student_run, tmp_path, distill, options
 ):
