@@ -57,8 +57,14 @@ def cli(arguments: list[str], prog: str | None = None) -> None:
             repo_id=options.push or "ORG/NAME",
         )
         scores = ", ".join(f"{name} {score:.2f} %" for name, score in top1.items())
-        print(f"{options.folder}: top-1 {scores}")
+        print(f"{options.folder}: weights, configuration and card (README.md); top-1 {scores}")
         if options.push:
-            print(push(options.folder, options.push, private=options.private))
+            print(f"pushed: {push(options.folder, options.push, private=options.private)}")
+            print(f"it loads by timm.create_model('hf-hub:{options.push}', pretrained=True)")
+        else:
+            print(
+                f"it loads by timm.create_model('local-dir:{options.folder}', pretrained=True), "
+                "and --push ORG/NAME publishes it"
+            )
     except (HFValidationError, TrainingError) as error:
         sys.exit(f"error: {error}")
