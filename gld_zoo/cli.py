@@ -4,6 +4,7 @@ gld-zoo list
 gld-zoo info gld_wrn16_1
 gld-zoo predict cat.jpg photos/ 'more/*.png' --top 3
 gld-zoo explain cat.jpg -o cat.png
+gld-zoo demo
 gld-zoo distill --config quickstart
 """
 
@@ -112,6 +113,19 @@ def explain_image(options: argparse.Namespace) -> int:
     return 0
 
 
+def show_page(options: argparse.Namespace) -> None:
+    """Serve the page that compares models, until Ctrl-C.
+
+    Raises:
+        CommandError: If its extra is not installed, a model cannot be had or the port is not free.
+    """
+    try:
+        demo = importlib.import_module("gld_zoo.demo")
+    except ModuleNotFoundError as error:
+        raise CommandError(_missing("demo", error, "demo")) from error
+    demo.serve(options.model, options.teacher, port=options.port, in_browser=options.open)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = argparse.ArgumentParser(prog="gld-zoo", description=__doc__.splitlines()[0])
@@ -137,6 +151,14 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--model", **model)
     command.add_argument("--grid", type=_positive, default=2, help="cells along each side")
     command.set_defaults(run=explain_image)
+    command = commands.add_parser("demo", help="a page in the browser that compares two models")
+    command.add_argument(
+        "--model", nargs="+", default=[], metavar="NAME", help="offered first; as for predict"
+    )
+    command.add_argument("--teacher", metavar="NAME", help="beside it; its own on record if any")
+    command.add_argument("--port", type=_port, help="the first free one from 7860 on; 0 is any")
+    command.add_argument("--open", action="store_true", help="open it in the browser")
+    command.set_defaults(run=show_page)
     for name, command_ in TRAINING_COMMANDS.items():  # whose modules read their options
         commands.add_parser(name, help=command_.help, add_help=False)
     return parser
@@ -154,13 +176,24 @@ def start(name: str, arguments: Sequence[str] | None = None) -> None:
     try:
         module = importlib.import_module(f"gld_zoo.training.commands.{name}")
     except ModuleNotFoundError as error:
-        if (error.name or "gld_zoo").partition(".")[0] == "gld_zoo":
-            raise
-        sys.exit(
-            f"error: gld-zoo {name} needs {error.name}, which comes with an extra: "
-            f'pip install "gld-zoo[{TRAINING_COMMANDS[name].extra}]"'
-        )
+        sys.exit(f"error: {_missing(name, error, TRAINING_COMMANDS[name].extra)}")
     module.cli(sys.argv[1:] if arguments is None else list(arguments), prog=f"gld-zoo {name}")
+
+
+def _missing(command: str, error: ModuleNotFoundError, extra: str) -> str:
+    """Return what brings a package that is not there; a module of our own is a fault of ours."""
+    if (error.name or "gld_zoo").partition(".")[0] == "gld_zoo":
+        raise error
+    return (
+        f"gld-zoo {command} needs {error.name}, which comes with an extra: "
+        f'pip install "gld-zoo[{extra}]"'
+    )
+
+
+def _port(text: str) -> int:
+    if not 0 <= (value := int(text)) <= 65535:
+        raise argparse.ArgumentTypeError(f"{value} is not from 0 to 65535")
+    return value
 
 
 def _positive(text: str) -> int:

@@ -61,7 +61,7 @@ def explain(image: Image.Image, labels: Sequence[str], activation: torch.Tensor)
         at = line * cell
         draw.line([(at, HEAD), (at, HEAD + SIDE)], "white", 2)
         draw.line([(0, HEAD + at), (SIDE, HEAD + at)], "white", 2)
-    size = max(8, min(16, int(cell / 9)))
+    size = max(8, min(16, int(cell / 7)))
     for number, label in enumerate(labels[1:]):
         y, x = divmod(number, grid)
         text, font = drawable(label.replace("_", " "), size)

@@ -514,6 +514,15 @@ def test_commands_without_their_packages_name_the_extra():
         assert line.endswith(f'comes with an extra: pip install "gld-zoo[{command.extra}]"')
 
 
+def test_the_page_without_its_package_names_the_extra(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.delitem(sys.modules, "gld_zoo.demo", raising=False)
+    message = run(capsys, "demo", code="error")
+    extra = 'comes with an extra: pip install "gld-zoo[demo]"'
+    assert message == f"error: gld-zoo demo needs gradio, which {extra}"
+    assert "65536 is not from 0 to 65535" in run(capsys, "demo", "--port", 65536, code=2)
+
+
 @pytest.mark.parametrize("name", sorted(TRAINING_COMMANDS))
 def test_every_command_of_the_trainer_explains_its_options(name, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -217,7 +217,10 @@ class Distiller(Task):
 
     def next_steps(self, run: Path) -> list[str]:
         """Return what people may want to do with a finished run."""
-        steps = [f"to see what it sees where: gld-zoo explain IMAGE --model {run} -o OUT.png"]
+        steps = [
+            f"to see what it sees where: gld-zoo explain IMAGE --model {run} -o OUT.png, or in a "
+            f"browser gld-zoo demo --model {run}"
+        ]
         if Path(self.source.name).name == BUNDLED:
             return [
                 *steps,

@@ -1,0 +1,355 @@
+"""A page that shows what one or two models see in a picture, as a whole and cell by cell.
+
+gld-zoo demo
+gld-zoo demo --model runs/mine --teacher gld_wrn16_2.ce_cifar100
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+import time
+from collections.abc import Sequence
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.request import getproxies
+
+import gradio as gr
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from gld_zoo.images import read_image
+from gld_zoo.output import CommandError
+from gld_zoo.predictor import Predictor
+from gld_zoo.results import Results
+
+HOST = "127.0.0.1"  # of this machine alone
+STUDENT = "gld_wrn16_1.wrn16_2_cifar100"
+EXAMPLES = Path(__file__).parent / "data" / "examples"
+CLASSES = 3  # named for each picture
+GRIDS = (1, 2, 3, 4)  # cells along each side
+KEPT = 8  # models that stay loaded
+
+INTRODUCTION = """
+# What small image models see
+
+A small model, the **student**, has learnt from a larger one, the **teacher**: what is in the whole
+picture, and what is in each of its cells. Give both a picture and compare.
+"""
+EXPLANATION = """
+### How to read it
+
+**Left:** the model's map of the picture is cut into cells, and the model's own classifier names
+each of them. A cell shows little of the picture, a wheel, an ear or only grass, so its class often
+differs from that of the whole, and with less confidence. These answers are what the student learns
+from the teacher, cell by cell.
+
+**Right** (on a phone, a swipe away): where the model reacts most, from dark blue (little) to
+yellow.
+
+The models of this zoo know the 100 classes of CIFAR-100 and see a picture at 32 x 32 pixels
+(`gld_resnet18` at 64 x 64): what is none of the 100 is taken for the nearest of them.
+"""
+# examples are small; on a phone the cells keep their size, and the map beside them is a swipe away
+STYLE = """
+#picture img { width: 100%; height: 100%; object-fit: contain; }
+@media (max-width: 700px) {
+  .cells .image-frame { overflow-x: auto; justify-content: flex-start; }
+  .cells img { width: 640px; max-width: none; }
+}
+.cells { max-width: 642px; }
+"""
+# what `launch` takes for the page to look and behave as meant; fonts are the system's, and nothing
+# is kept in the browser
+LAUNCH: dict[str, Any] = dict(
+    theme=gr.themes.Default(
+        font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+    ),
+    css=STYLE,
+    footer_links=[],
+    run_history=False,
+    max_file_size="50mb",
+    ssr_mode=False,
+)
+
+
+class Loaded(NamedTuple):
+    """A model, and what one is told of it: milliseconds are of a forward pass of one picture."""
+
+    predictor: Predictor
+    numbers: dict[str, Any]
+
+    def told(self) -> str:
+        """Return the numbers as a line."""
+        parameters, pixels, milliseconds = list(self.numbers.values())[1:]
+        return f"{parameters:,} parameters, {milliseconds} ms a picture of {pixels} pixels"
+
+
+class View(NamedTuple):
+    """What is shown of a model: its classes, its cells, and a note, also of what is wrong."""
+
+    classes: dict[str, float] | None = None
+    cells: Image.Image | None = None
+    note: str = ""
+    numbers: dict[str, Any] | None = None
+
+
+def zoo_models() -> list[str]:
+    """Return the names of all weights that ship, the students first."""
+    weights = Results.load().weights
+    return sorted(weights, key=lambda name: (weights[name].teacher is None, name))
+
+
+def teacher_of(student: str) -> str | None:
+    """Return the teacher on record of a model of the zoo if its weights ship."""
+    weights = Results.load().weights
+    row = weights.get(student)
+    return row.teacher.name if row and row.teacher and row.teacher.name in weights else None
+
+
+@lru_cache(maxsize=KEPT)
+def load(name: str) -> Loaded:
+    """Load a model, or take it from those kept.
+
+    Args:
+        name: As for `Predictor`.
+
+    Raises:
+        CommandError: If it cannot be created with weights.
+    """
+    predictor = Predictor(name)
+    height, width = predictor.config["input_size"][1:]
+    numbers = dict(
+        model=name,
+        parameters=sum(weight.numel() for weight in predictor.model.parameters()),
+        pixels=f"{width} x {height}",
+        milliseconds=round(_seconds(predictor) * 1000, 1),
+    )
+    return Loaded(predictor, numbers)
+
+
+@torch.no_grad()
+def _seconds(predictor: Predictor) -> float:
+    """Return how long a forward pass takes: the shortest of four, as the first ones warm up."""
+    image, times = torch.zeros(1, *predictor.config["input_size"]), []
+    for _ in range(4):
+        start = time.perf_counter()
+        predictor.model(image)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def read_picture(path: str) -> Image.Image:
+    """Read an image that somebody gave.
+
+    Raises:
+        CommandError: If it is none, or damaged; the message is for them to read.
+    """
+    name = Path(path).name
+    try:
+        return read_image(Path(path))
+    except UnidentifiedImageError as error:
+        raise CommandError(
+            f"{name} is not a picture that can be read; give a JPEG, PNG, WebP, GIF, BMP or TIFF"
+        ) from error
+    except Exception as error:  # a damaged one may raise anything
+        raise CommandError(f"{name} cannot be read: {error}; give another picture") from error
+
+
+def look(name: str, image: Image.Image, grid: int) -> View:
+    """Return what a model sees in an image; what cannot be had is told in the note.
+
+    Args:
+        name: As for `Predictor`.
+        image: RGB.
+        grid: Cells along each side.
+    """
+    try:
+        model = load(name)
+    except CommandError as error:
+        reason = str(error).removeprefix("--model ").rstrip(".")
+        return View(note=f"**No such model to show.** {reason}. Choose one from the list.")
+    found = model.predictor.classify([image], CLASSES)[0]
+    classes = {label.replace("_", " "): probability for label, probability in found}
+    try:
+        cells = model.predictor.explain(image, grid)
+    except CommandError as error:
+        note = f"{model.told()}\n\n**No {grid} x {grid} cells to show.** {error}."
+        return View(classes, None, note, model.numbers)
+    return View(classes, cells, model.told(), model.numbers)
+
+
+def compare(
+    path: str | None, student: str, teacher: str | None, grid: int, *, listed: Sequence[str] | None
+) -> list[Any]:
+    """Return what the page shows of a picture.
+
+    Args:
+        path: The picture's file, or None.
+        student: A model's name.
+        teacher: Another's, or nothing.
+        grid: Cells along each side.
+        listed: The only names that may be asked for; None allows any.
+
+    Returns:
+        What is wrong with the picture; the student's classes, cells and note; whether there is a
+        teacher's column, and the same of it; the numbers of both.
+    """
+    views, problem = [View(), View()], ""
+    try:
+        if path is None:
+            raise CommandError("Drop a picture above, or take one of the examples.")
+        image = read_picture(path)
+        for place, name in enumerate((student, teacher)):
+            if listed is not None and name and name not in listed:
+                views[place] = View(note=f"{name!r} is not offered here; choose from the list.")
+            elif name:
+                views[place] = look(name.strip(), image, grid)
+    except CommandError as error:
+        problem = f"**{error}**"
+    numbers = [view.numbers for view in views if view.numbers]
+    columns = [gr.update(visible=True), gr.update(visible=bool(teacher))]
+    shown = [[column, *_updates(view)] for column, view in zip(columns, views, strict=True)]
+    return [gr.update(value=problem, visible=bool(problem)), *shown[0], *shown[1], numbers]
+
+
+def _updates(view: View) -> list[Any]:
+    return [gr.update(value=part, visible=bool(part)) for part in view[:3]]
+
+
+def build_page(
+    models: Sequence[str] = (), teacher: str | None = None, *, listed_only: bool = False
+) -> gr.Blocks:
+    """Build the page; `build_page().launch(**LAUNCH)` serves it.
+
+    Args:
+        models: Names to offer before the zoo's, as for `Predictor`; the first is shown.
+        teacher: The name of the model beside it; None takes its teacher on record, if any.
+        listed_only: Offer the listed models alone, for a page that strangers visit: no folders of
+            this machine, no repositories of the hub.
+    """
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    names = list(dict.fromkeys([*models, STUDENT, *zoo_models()]))
+    teacher = teacher or teacher_of(names[0])
+    names += [teacher] if teacher and teacher not in names else []
+    with gr.Blocks(
+        title="gld_zoo: what small image models see",
+        analytics_enabled=False,
+        delete_cache=(600, 3600),  # seconds: each ten minutes, what is older than an hour
+    ) as page:
+        gr.Markdown(INTRODUCTION)
+        inputs = _inputs(names, teacher, listed_only)
+        problem = gr.Markdown(visible=False, elem_id="problem")
+        with gr.Row():
+            sides = [*_side("Student"), *_side("Teacher")]
+        gr.Markdown(EXPLANATION)
+        with gr.Accordion("The models in numbers", open=False):
+            numbers = gr.JSON(show_label=False)
+        gr.on(
+            [page.load, *(each.change for each in inputs)],
+            partial(compare, listed=names if listed_only else None),
+            inputs,
+            [problem, *sides, numbers],
+            api_name="compare",
+            show_progress="minimal",
+            trigger_mode="always_last",
+        )
+    return page
+
+
+def _inputs(names: list[str], teacher: str | None, listed_only: bool) -> list[Any]:
+    """Lay out what is asked for: picture, student, teacher, grid."""
+    free = "" if listed_only else ", or write any timm name, hf-hub:ORG/NAME or run folder"
+    options: dict[str, Any] = dict(allow_custom_value=not listed_only)
+    examples = sorted(map(str, EXAMPLES.glob("*.png")))
+    with gr.Row():
+        with gr.Column(scale=2, min_width=280):
+            picture = gr.Image(
+                examples[0],
+                type="filepath",
+                image_mode=None,
+                sources=["upload", "clipboard"],
+                label="Picture",
+                height=300,
+                elem_id="picture",
+                buttons=[],
+            )
+            # Gradio's own would open the file before our reader, whose message people understand
+            picture.preprocess = lambda payload: payload and payload.path
+        with gr.Column(scale=3, min_width=280):
+            gr.Examples([[path] for path in examples], [picture], label="Examples")
+            told = f"choose a model{free}"
+            student = gr.Dropdown(names, value=names[0], label="Student", info=told, **options)
+            others = [("none", ""), *((name, name) for name in names)]
+            told = "another model to compare with, or none"
+            beside = gr.Dropdown(others, value=teacher or "", label="Teacher", info=told, **options)
+            sizes = [(f"{grid} x {grid}", grid) for grid in GRIDS]
+            grid = gr.Radio(sizes, value=2, label="Cells")
+    return [picture, student, beside, grid]
+
+
+def _side(title: str) -> list[Any]:
+    """Lay out what is shown of a model: its column, classes, cells and note."""
+    with gr.Column(min_width=320) as column:
+        gr.Markdown(f"### {title}")
+        note = gr.Markdown()
+        classes = gr.Label(label="The whole picture", show_heading=False)
+        cells = gr.Image(
+            show_label=False,
+            format="png",
+            interactive=False,
+            buttons=["fullscreen"],
+            elem_classes="cells",
+        )
+    return [column, classes, cells, note]
+
+
+def serve(
+    models: Sequence[str] = (),
+    teacher: str | None = None,
+    *,
+    port: int | None = None,
+    in_browser: bool = False,
+) -> None:
+    """Serve the page to this machine until Ctrl-C; pictures that were given are then deleted.
+
+    Args:
+        models: As for `build_page`.
+        teacher: As for `build_page`.
+        port: None takes the first free one from 7860 on, 0 any free one.
+        in_browser: Open it there.
+
+    Raises:
+        CommandError: If a model cannot be had, or the port is not free.
+    """
+    for name in [*models, *([teacher] if teacher else [])]:
+        load(name)
+    # Gradio asks its own server whether it runs, which a proxy would not find
+    os.environ["no_proxy"] = f"{getproxies().get('no', '')},{HOST}".strip(",")
+    with tempfile.TemporaryDirectory(prefix="gld_zoo-demo-") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        page = build_page(models, teacher)
+        try:
+            _, address, _ = page.launch(
+                server_name=HOST,
+                server_port=_free_port() if port == 0 else port,
+                share=False,
+                inbrowser=in_browser,
+                quiet=True,
+                prevent_thread_lock=True,
+                **LAUNCH,
+            )
+        except OSError as error:
+            raise CommandError(
+                f"--port {port or '7860 to 7959'} is not free; name another, or 0 for any"
+            ) from error
+        print(f"{address} shows the page, on this machine alone; Ctrl-C ends it", flush=True)
+        page.block_thread()
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind((HOST, 0))
+        return found.getsockname()[1]
