@@ -705,3 +705,35 @@ def test_recipe_photos_is_for_folders_of_images_alone(tmp_path, options, expecte
     folder.mkdir()
     options = [word.replace("FOLDER", str(folder)) for word in options]
     assert teaches_photographs(options) is expected
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (
+            [],
+            "the labels, the teacher's logits of whole images, the teacher's logits of 2x2 cells "
+            "and the relations among all these logits",
+        ),
+        (["--grid", "[2,4]", "--beta", 0], "the teacher's logits of 2x2 and 4x4 cells"),
+        (["--alpha", 1, "--local_weight", 0, "--beta", 0], "the teacher's logits of whole images"),
+        (["--teacher", "null"], "the labels"),
+        (["--teacher_head", "none", "--ce_weight", 0], "relations among the teacher's features"),
+    ],
+)
+def test_a_run_tells_what_it_learns_from_and_for_how_long(
+    student_run, tmp_path, distill, options, expected
+):
+    command = ["--config", student_run / "recipe.yaml", "--run", tmp_path / "run"]
+    printed = distill(*command, "--max_minutes", 0, *options)
+    (line,) = (line for line in printed.splitlines() if line.startswith("learning from "))
+    assert line.endswith(f"{expected}: 2 epochs of 4 batches of 16 images")
+
+
+def test_a_finished_run_tells_what_to_do_next(student_run):
+    *_, look, publish = (student_run / "printed.txt").read_text().splitlines()
+    assert look.endswith(
+        f"gld-zoo explain IMAGE --model {student_run} -o OUT.png, or in a browser "
+        f"gld-zoo demo --model {student_run}"
+    )
+    assert publish.endswith(f"gld-zoo export {student_run} FOLDER --push ORG/NAME")
