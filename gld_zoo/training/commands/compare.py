@@ -14,13 +14,12 @@ import sys
 from pathlib import Path
 
 from jsonargparse import ArgumentParser
-from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from gld_zoo.output import end, printing
 from gld_zoo.training.common.devices import measuring_device
 from gld_zoo.training.common.disk import write_text
 from gld_zoo.training.common.errors import TrainingError
-from gld_zoo.training.config.dataset_options import add_source_options
+from gld_zoo.training.config.dataset_options import add_measuring_options, add_source_options
 from gld_zoo.training.measure.comparison import compare, comparison_table, draw_comparison
 from gld_zoo.training.measure.inputs import open_test_source
 
@@ -32,18 +31,8 @@ def cli(arguments: list[str], prog: str | None = None) -> None:
     name = "timm name, hf-hub:ORG/NAME, local-dir:PATH or run folder"
     parser.add_argument("models", nargs="+", metavar="MODEL", help=name)
     add_source_options(parser, required=False)
-    parser.add_argument(
-        "--image_size", type=PositiveInt | None, help="pixels a side; null: each model's own"
-    )
-    parser.add_argument("--batch_size", type=PositiveInt, default=250, help="images a forward pass")
-    parser.add_argument(
-        "--workers",
-        type=NonNegativeInt,
-        default=0,
-        help="processes that read images; 0: none, and in memory where they fit",
-    )
+    add_measuring_options(parser)
     parser.add_argument("--picture", type=Path | None, help="PNG to draw")
-    parser.add_argument("--json", type=str | None, help="file to write the result to")
     options = parser.parse_args(arguments)
     try:
         result = compare(

@@ -13,13 +13,13 @@ import sys
 from pathlib import Path
 
 from jsonargparse import ArgumentParser
-from jsonargparse.typing import NonNegativeInt, PositiveInt
+from jsonargparse.typing import NonNegativeInt
 
 from gld_zoo.output import end, printing
 from gld_zoo.training.common.devices import measuring_device
 from gld_zoo.training.common.disk import write_text
 from gld_zoo.training.common.errors import TrainingError
-from gld_zoo.training.config.dataset_options import add_source_options
+from gld_zoo.training.config.dataset_options import add_measuring_options, add_source_options
 from gld_zoo.training.measure.evaluation import evaluate
 from gld_zoo.training.measure.inputs import open_test_source
 from gld_zoo.training.measure.tables import table
@@ -33,24 +33,14 @@ def cli(arguments: list[str], prog: str | None = None) -> None:
     parser.add_argument("--model", type=str, required=True, help=model)
     parser.add_argument("--teacher", type=str | None, help=f"compare with it: {model}")
     add_source_options(parser, required=False)
+    add_measuring_options(parser)
     parser.add_argument(
         "--grid", type=NonNegativeInt, default=2, help="cells a side; 0: no local rows"
-    )
-    parser.add_argument(
-        "--image_size", type=PositiveInt | None, help="pixels a side; null: the model's"
-    )
-    parser.add_argument("--batch_size", type=PositiveInt, default=250, help="images a forward pass")
-    parser.add_argument(
-        "--workers",
-        type=NonNegativeInt,
-        default=0,
-        help="processes that read images; 0: none, and in memory where they fit",
     )
     parser.add_argument(
         "--mirror", type=bool, default=False, help="mean of the logits over an image and its mirror"
     )
     parser.add_argument("--picture", type=Path | None, help="PNG of which class is taken for which")
-    parser.add_argument("--json", type=str | None, help="file to write the result to")
     options = parser.parse_args(arguments)
     try:
         result = evaluate(

@@ -17,14 +17,13 @@ import sys
 from pathlib import Path
 
 from jsonargparse import ArgumentParser
-from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from gld_zoo.output import end, printing
 from gld_zoo.training.common.devices import measuring_device
 from gld_zoo.training.common.disk import write_text
 from gld_zoo.training.common.errors import TrainingError
 from gld_zoo.training.config.command_line import add_config, configs_first
-from gld_zoo.training.config.dataset_options import add_source_options
+from gld_zoo.training.config.dataset_options import add_measuring_options, add_source_options
 from gld_zoo.training.config.recipe_files import MODE
 from gld_zoo.training.data.sources import open_source
 from gld_zoo.training.measure.probe import linear_probe
@@ -41,19 +40,9 @@ def cli(arguments: list[str], prog: str | None = None) -> None:
     name = "timm name, hf-hub:ORG/NAME, local-dir:PATH or run folder"
     parser.add_argument("--model", type=str, required=True, help=name)
     add_source_options(parser)
-    parser.add_argument(
-        "--image_size", type=PositiveInt | None, help="pixels a side; null: the model's"
-    )
+    add_measuring_options(parser)
     parser.add_argument("--mirror", type=bool, default=True, help="train on mirror images too")
-    parser.add_argument("--batch_size", type=PositiveInt, default=250, help="images a forward pass")
-    parser.add_argument(
-        "--workers",
-        type=NonNegativeInt,
-        default=0,
-        help="processes that read images; 0: none, and in memory where they fit",
-    )
     parser.add_argument("--seed", type=int, default=0, help="of the images held out")
-    parser.add_argument("--json", type=str | None, help="file to write the result to")
     options = parser.parse_args(configs_first(arguments, prog))
     try:
         result = linear_probe(

@@ -1,10 +1,11 @@
-"""The options by which a command is told a dataset."""
+"""The options by which a command is told a dataset, and how to measure on it."""
 
 from __future__ import annotations
 
 from typing import Literal
 
 from jsonargparse import ArgumentParser
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 
 def add_source_options(
@@ -46,3 +47,18 @@ def add_source_options(
     parser.add_argument(
         "--label_column", type=str | None, help="null: the only one of classes, or the usual name"
     )
+
+
+def add_measuring_options(parser: ArgumentParser) -> None:
+    """Give a parser the options of how models are shown images, and where the result goes."""
+    parser.add_argument(
+        "--image_size", type=PositiveInt | None, help="pixels a side; null: the model's own"
+    )
+    parser.add_argument("--batch_size", type=PositiveInt, default=250, help="images a forward pass")
+    parser.add_argument(
+        "--workers",
+        type=NonNegativeInt,
+        default=0,
+        help="processes that read images; 0: none, and in memory where they fit",
+    )
+    parser.add_argument("--json", type=str | None, help="file to write the result to")
