@@ -196,19 +196,31 @@ def zoo(out: Path, public: Path = PUBLIC) -> None:
             (row.parameters / 1e6, statistics.mean(run.top1 for run in row.runs))
             for row in best.values()
         ]
-        lengths = sorted(row.epochs or 0 for row in best.values())
+        lengths = sorted(_epochs_in_all(row) for row in best.values())
         label += f", {lengths[0]} to {lengths[-1]} epochs" if lengths else ""
         ax.scatter(*zip(*places, strict=True), s=30, color=colour, label=label, zorder=3)
         for name, (x, y) in zip(best, places, strict=True):
-            place = (4, 4) if distilled else (4, -10)
-            text = name.removeprefix("gld_")
-            ax.annotate(text, (x, y), place, textcoords="offset points", fontsize=7, color=colour)
+            ax.annotate(
+                name.removeprefix("gld_"),
+                (x, y),
+                (0, 6 if distilled else -12),
+                textcoords="offset points",
+                ha="center",
+                fontsize=7,
+                color=colour,
+            )
     ax.set_xscale("log")
     ax.set_xticks([0.2, 0.5, 1, 2, 5, 10], labels=["0.2", "0.5", "1", "2", "5", "10"], minor=False)
-    ax.set(xlabel="parameters, millions", ylabel="CIFAR-100 top-1, %", xlim=(0.15, 20))
+    ax.set(xlabel="parameters, millions", ylabel="CIFAR-100 top-1, %", xlim=(0.13, 20))
     ax.grid(alpha=0.3)
     figure.legend(fontsize=7, loc="outside right upper", frameon=False)
     _save(figure, out)
+
+
+def _epochs_in_all(row: Row) -> int:
+    """Return a row's epochs with those of the weights that it began with."""
+    start = Results.load().rows.get(str(row.changes.get("student")))
+    return (row.epochs or 0) + (_epochs_in_all(start) if start else 0)
 
 
 def _best_weights(distilled: bool) -> dict[str, Row]:
