@@ -17,14 +17,14 @@ from gld_zoo.distillation.maps import grids_of
 from gld_zoo.hub import save_pretrained
 from gld_zoo.training.build.create import create_frozen, set_training_mode
 from gld_zoo.training.build.run_models import build_models
-from gld_zoo.training.common.errors import DataError, ModelError
+from gld_zoo.training.common.errors import ModelError
 from gld_zoo.training.config.recipe import PAPER_BETA, Recipe
 from gld_zoo.training.data.batches import Data, EvalBatches, NumberedBatches, Share, WithRows
-from gld_zoo.training.data.columns import listed
 from gld_zoo.training.data.loaders import load_data, split_rows
-from gld_zoo.training.data.sources import ImageSource, facts, open_source
+from gld_zoo.training.data.sources import facts, open_source
 from gld_zoo.training.engine.task import Task, Terms
 from gld_zoo.training.runs.on_record import labels_alone
+from gld_zoo.training.tasks.labels import accuracy, check_classes, smooth
 from gld_zoo.training.teaching.taught import Run, TaughtBy
 
 BUNDLED = "cifar100_mini"  # the images that come with the package, for a first look alone
@@ -271,39 +271,3 @@ class Distiller(Task):
 
 def _digest(values: list[Any]) -> str:
     return hashlib.sha256(repr(values).encode()).hexdigest()[:12]
-
-
-def check_classes(source: ImageSource, *, allowed: bool) -> list[str]:
-    """Return the classes without a training image.
-
-    Raises:
-        DataError: If there are some and they are not allowed.
-    """
-    counts = source.train.counts()
-    empty = [name for name, count in zip(source.label_names, counts, strict=True) if not count]
-    if empty and not allowed:
-        raise DataError(
-            f"{source.train.where} has no image of {len(empty)} of its {len(counts)} classes "
-            f"({listed(empty)}); add some, remove the classes, or set allow_empty_classes: true"
-        )
-    return empty
-
-
-def smooth(target: torch.Tensor, classes: int, share: float) -> torch.Tensor:
-    """Return probabilities `[B, K]` of classes `[B]` or probabilities, a share of them spread."""
-    if target.ndim == 1:
-        target = F.one_hot(target, classes).float()
-    return target * (1 - share) + share / classes
-
-
-@torch.no_grad()
-def accuracy(logits: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return a batch's `train_top1` and `train_top5` in % of logits `[B, K]`.
-
-    Of a mixed label `[B, K]` the likeliest class counts.
-    """
-    if target.ndim == 2:
-        target = target.argmax(1)
-    hits = logits.topk(min(5, logits.shape[1])).indices == target[:, None]
-    share = 100 / len(target)
-    return dict(train_top1=hits[:, 0].sum() * share, train_top5=hits.sum() * share)

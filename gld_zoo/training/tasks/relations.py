@@ -16,7 +16,8 @@ from gld_zoo.training.common.errors import DataError
 from gld_zoo.training.config.recipe import Recipe
 from gld_zoo.training.data.batches import Data, EvalBatches, Share
 from gld_zoo.training.engine.task import Terms
-from gld_zoo.training.tasks.distiller import Distiller, accuracy, smooth
+from gld_zoo.training.tasks.distiller import Distiller
+from gld_zoo.training.tasks.labels import accuracy, smooth
 from gld_zoo.training.teaching.fitting import of_all_processes
 
 COMPARED = 10_000  # images of the test split, the first ones, whose neighbours are compared

@@ -30,7 +30,7 @@ from gld_zoo.training.config.recipe import Recipe
 from gld_zoo.training.engine.totals import Totals
 from gld_zoo.training.runs.finished_run import FinishedRun
 from gld_zoo.training.runs.run_folder import summarize
-from gld_zoo.training.tasks.distiller import accuracy
+from gld_zoo.training.tasks.labels import accuracy
 from helpers import CHECKOUT, FEATURES, SMALL_RUN, launch, read_lines, write_dataset
 
 

@@ -17,7 +17,7 @@ from gld_zoo.training.data.batches import Transforms
 from gld_zoo.training.data.image_folder import image_extensions, sort_names
 from gld_zoo.training.data.memory import decode
 from gld_zoo.training.data.sources import ImageSource, facts
-from gld_zoo.training.tasks.distiller import check_classes
+from gld_zoo.training.tasks.labels import check_classes
 
 
 def assert_read(source, counts, train=True):

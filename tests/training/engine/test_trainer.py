@@ -27,7 +27,8 @@ from gld_zoo.training.common.errors import ModelError, RunError
 from gld_zoo.training.config.recipe import Recipe
 from gld_zoo.training.engine.trainer import Trainer
 from gld_zoo.training.runs.run_folder import RunFolder
-from gld_zoo.training.tasks.distiller import Distiller, smooth
+from gld_zoo.training.tasks.distiller import Distiller
+from gld_zoo.training.tasks.labels import smooth
 from helpers import read_lines, write_dataset
 
 READS = {"_local_scalar_dense", "nonzero", "item", "is_nonzero", "equal", "masked_select"}
