@@ -60,10 +60,13 @@ def cli(arguments: list[str], prog: str | None = None) -> None:
         print(f"{options.folder}: weights, configuration and card (README.md); top-1 {scores}")
         if options.push:
             print(f"pushed: {push(options.folder, options.push, private=options.private)}")
-            print(f"it loads by timm.create_model('hf-hub:{options.push}', pretrained=True)")
+            print(
+                f"it loads by import timm, gld_zoo; timm.create_model('hf-hub:{options.push}', pretrained=True)"
+            )
         else:
             print(
-                f"it loads by timm.create_model('local-dir:{options.folder}', pretrained=True), "
+                "it loads by import timm, gld_zoo; "
+                f"timm.create_model('local-dir:{options.folder}', pretrained=True), "
                 "and --push ORG/NAME publishes it"
             )
     except (HFValidationError, TrainingError) as error:
