@@ -61,7 +61,8 @@ def cli(arguments: list[str], prog: str | None = None) -> None:
         if options.push:
             print(f"pushed: {push(options.folder, options.push, private=options.private)}")
             print(
-                f"it loads by import timm, gld_zoo; timm.create_model('hf-hub:{options.push}', pretrained=True)"
+                "it loads by import timm, gld_zoo; "
+                f"timm.create_model('hf-hub:{options.push}', pretrained=True)"
             )
         else:
             print(
