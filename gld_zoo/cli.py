@@ -109,7 +109,10 @@ def explain_image(options: argparse.Namespace) -> int:
         drawing.save(options.output)
     except (OSError, ValueError) as error:
         raise CommandError(f"cannot write {options.output}: {error}") from error
-    print(f"{options.output}: {drawing.width} x {drawing.height} pixels")
+    print(
+        f"{options.output}: {drawing.width} x {drawing.height} pixels; {options.image} as "
+        f"{options.model} sees it"
+    )
     return 0
 
 
@@ -119,11 +122,18 @@ def show_page(options: argparse.Namespace) -> None:
     Raises:
         CommandError: If its extra is not installed, a model cannot be had or the port is not free.
     """
+    print("starting the page, which takes some seconds", flush=True)
     try:
         demo = importlib.import_module("gld_zoo.demo")
     except ModuleNotFoundError as error:
         raise CommandError(_missing("demo", error, "demo")) from error
-    demo.serve(options.model, options.teacher, port=options.port, in_browser=options.open)
+    demo.serve(
+        options.model,
+        options.teacher,
+        examples=options.examples,
+        port=options.port,
+        in_browser=options.open,
+    )
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -131,7 +141,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="gld-zoo", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     model: dict[str, Any] = dict(
-        default=MODEL, help="timm name, hf-hub:ORG/NAME, local-dir:PATH or run folder"
+        default=MODEL,
+        help=f"timm name, hf-hub:ORG/NAME, local-dir:PATH or run folder; without it {MODEL}",
     )
 
     command = commands.add_parser("list", help="the zoo's models and weights")
@@ -155,7 +166,10 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--model", nargs="+", default=[], metavar="NAME", help="offered first; as for predict"
     )
-    command.add_argument("--teacher", metavar="NAME", help="beside it; its own on record if any")
+    command.add_argument("--teacher", metavar="NAME", help="beside it; its own, if it is known")
+    command.add_argument(
+        "--examples", nargs="+", default=[], metavar="IMAGE", help="to offer: file, folder, pattern"
+    )
     command.add_argument("--port", type=_port, help="the first free one from 7860 on; 0 is any")
     command.add_argument("--open", action="store_true", help="open it in the browser")
     command.set_defaults(run=show_page)

@@ -1,6 +1,7 @@
 """A page that shows what one or two models see in a picture, as a whole and cell by cell.
 
 gld-zoo demo
+gld-zoo demo --model runs/photos-0 --examples FOLDER
 gld-zoo demo --model runs/mine --teacher gld_wrn16_2.ce_cifar100
 """
 
@@ -11,6 +12,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,9 +20,11 @@ from urllib.request import getproxies
 
 import gradio as gr
 import torch
+import yaml
 from PIL import Image, UnidentifiedImageError
 
-from gld_zoo.images import read_image
+from gld_zoo.hub import is_run
+from gld_zoo.images import find_images, read_image
 from gld_zoo.output import CommandError
 from gld_zoo.predictor import Predictor
 from gld_zoo.results import Results
@@ -28,7 +32,9 @@ from gld_zoo.results import Results
 HOST = "127.0.0.1"  # of this machine alone
 STUDENT = "gld_wrn16_1.wrn16_2_cifar100"
 EXAMPLES = Path(__file__).parent / "data" / "examples"
+SHOWN = 8  # examples at most
 CLASSES = 3  # named for each picture
+KNOWN = 12  # classes of a model that are listed
 GRIDS = (1, 2, 3, 4)  # cells along each side
 KEPT = 8  # models that stay loaded
 
@@ -49,8 +55,8 @@ from the teacher, cell by cell.
 **Right** (on a phone, a swipe away): where the model reacts most, from dark blue (little) to
 yellow.
 
-The models of this zoo know the 100 classes of CIFAR-100 and see a picture at 32 x 32 pixels
-(`gld_resnet18` at 64 x 64): what is none of the 100 is taken for the nearest of them.
+What is none of the classes that a model knows is taken for the nearest of them. The models that
+come with this zoo know the 100 of CIFAR-100, at 32 x 32 pixels (`gld_resnet18` at 64 x 64).
 """
 # examples are small; on a phone the cells keep their size, and the map beside them is a swipe away
 STYLE = """
@@ -80,11 +86,17 @@ class Loaded(NamedTuple):
 
     predictor: Predictor
     numbers: dict[str, Any]
+    origin: str
 
     def told(self) -> str:
-        """Return the numbers as a line."""
+        """Return the numbers, the classes and where the model is from, as a line."""
         parameters, pixels, milliseconds = list(self.numbers.values())[1:]
-        return f"{parameters:,} parameters, {milliseconds} ms a picture of {pixels} pixels"
+        names = [name.replace("_", " ") for name in self.predictor.names]
+        more = "" if len(names) <= KNOWN else ", ..."
+        return (
+            f"{parameters:,} parameters, {milliseconds} ms a picture of {pixels} pixels; knows "
+            f"{len(names):,} classes: {', '.join(names[:KNOWN])}{more}{self.origin}"
+        )
 
 
 class View(NamedTuple):
@@ -103,10 +115,31 @@ def zoo_models() -> list[str]:
 
 
 def teacher_of(student: str) -> str | None:
-    """Return the teacher on record of a model of the zoo if its weights ship."""
+    """Return the teacher of a model of the zoo, if its weights ship, or of a run.
+
+    None too where a head was fitted to a run's teacher, without which it names other classes.
+    """
+    if is_run(student):
+        recipe = _recipe_of(student)
+        return recipe.get("teacher") if recipe.get("teacher_head", "own") == "own" else None
     weights = Results.load().weights
     row = weights.get(student)
     return row.teacher.name if row and row.teacher and row.teacher.name in weights else None
+
+
+def _recipe_of(run: str) -> dict[str, Any]:
+    return yaml.safe_load((Path(run) / "recipe.yaml").read_text(encoding="utf-8"))
+
+
+def _origin_of(name: str) -> str:
+    """Return what is told of a run whose teacher cannot stand beside it."""
+    recipe = _recipe_of(name) if is_run(name) else {}
+    if not (teacher := recipe.get("teacher")) or recipe.get("teacher_head", "own") == "own":
+        return ""
+    return (
+        f". It was taught by {teacher} with a head fitted to these classes; as {teacher} by itself "
+        "names others, it is not shown beside it"
+    )
 
 
 @lru_cache(maxsize=KEPT)
@@ -127,7 +160,7 @@ def load(name: str) -> Loaded:
         pixels=f"{width} x {height}",
         milliseconds=round(_seconds(predictor) * 1000, 1),
     )
-    return Loaded(predictor, numbers)
+    return Loaded(predictor, numbers, _origin_of(name))
 
 
 @torch.no_grad()
@@ -219,20 +252,50 @@ def _updates(view: View) -> list[Any]:
     return [gr.update(value=part, visible=bool(part)) for part in view[:3]]
 
 
+def find_examples(patterns: Sequence[str]) -> list[str]:
+    """Return some of the images that are named, spread evenly over them.
+
+    Args:
+        patterns: Files, folders, or patterns of them; without any, the images that come with us.
+
+    Raises:
+        CommandError: If there is no image, or one that is named is none.
+    """
+    found = list(find_images(patterns or [str(EXAMPLES)]))
+    if not found:
+        raise CommandError(f"--examples: no image in {' '.join(patterns)}")
+    count = min(SHOWN, len(found))
+    chosen = [found[len(found) * (2 * place + 1) // (2 * count)] for place in range(count)]
+    for path in chosen:
+        read_picture(str(path))
+    return list(map(str, chosen))
+
+
+def first_pair(models: Sequence[str], teacher: str | None) -> tuple[str, str | None]:
+    """Return the names of the models that the page begins with."""
+    first = [*models, STUDENT][0]
+    return first, teacher or teacher_of(first)
+
+
 def build_page(
-    models: Sequence[str] = (), teacher: str | None = None, *, listed_only: bool = False
+    models: Sequence[str] = (),
+    teacher: str | None = None,
+    *,
+    examples: Sequence[str] = (),
+    listed_only: bool = False,
 ) -> gr.Blocks:
     """Build the page; `build_page().launch(**LAUNCH)` serves it.
 
     Args:
         models: Names to offer before the zoo's, as for `Predictor`; the first is shown.
-        teacher: The name of the model beside it; None takes its teacher on record, if any.
+        teacher: The name of the model beside it; None takes its teacher, if it is known.
+        examples: Images to offer, as for `find_examples`.
         listed_only: Offer the listed models alone, for a page that strangers visit: no folders of
             this machine, no repositories of the hub.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     names = list(dict.fromkeys([*models, STUDENT, *zoo_models()]))
-    teacher = teacher or teacher_of(names[0])
+    _, teacher = first_pair(models, teacher)
     names += [teacher] if teacher and teacher not in names else []
     with gr.Blocks(
         title="gld_zoo: what small image models see",
@@ -240,7 +303,7 @@ def build_page(
         delete_cache=(600, 3600),  # seconds: each ten minutes, what is older than an hour
     ) as page:
         gr.Markdown(INTRODUCTION)
-        inputs = _inputs(names, teacher, listed_only)
+        inputs = _inputs(names, teacher, find_examples(examples), listed_only)
         problem = gr.Markdown(visible=False, elem_id="problem")
         with gr.Row():
             sides = [*_side("Student"), *_side("Teacher")]
@@ -259,11 +322,12 @@ def build_page(
     return page
 
 
-def _inputs(names: list[str], teacher: str | None, listed_only: bool) -> list[Any]:
+def _inputs(
+    names: list[str], teacher: str | None, examples: list[str], listed_only: bool
+) -> list[Any]:
     """Lay out what is asked for: picture, student, teacher, grid."""
     free = "" if listed_only else ", or write any timm name, hf-hub:ORG/NAME or run folder"
     options: dict[str, Any] = dict(allow_custom_value=not listed_only)
-    examples = sorted(map(str, EXAMPLES.glob("*.png")))
     with gr.Row():
         with gr.Column(scale=2, min_width=280):
             picture = gr.Image(
@@ -310,6 +374,7 @@ def serve(
     models: Sequence[str] = (),
     teacher: str | None = None,
     *,
+    examples: Sequence[str] = (),
     port: int | None = None,
     in_browser: bool = False,
 ) -> None:
@@ -318,19 +383,24 @@ def serve(
     Args:
         models: As for `build_page`.
         teacher: As for `build_page`.
+        examples: As for `build_page`.
         port: None takes the first free one from 7860 on, 0 any free one.
         in_browser: Open it there.
 
     Raises:
-        CommandError: If a model cannot be had, or the port is not free.
+        CommandError: If a model or an example cannot be had, or the port is not free.
     """
-    for name in [*models, *([teacher] if teacher else [])]:
-        load(name)
+    first, beside = first_pair(models, teacher)
+    for name in dict.fromkeys([*models, first, *([beside] if beside else [])]):
+        print(f"loading {name}", flush=True)
+        # one that nobody asked for may be gone; the page then says so
+        with nullcontext() if name != beside or teacher else suppress(CommandError):
+            load(name)
     # Gradio asks its own server whether it runs, which a proxy would not find
     os.environ["no_proxy"] = f"{getproxies().get('no', '')},{HOST}".strip(",")
     with tempfile.TemporaryDirectory(prefix="gld_zoo-demo-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
-        page = build_page(models, teacher)
+        page = build_page(models, teacher, examples=examples)
         try:
             _, address, _ = page.launch(
                 server_name=HOST,

@@ -60,7 +60,7 @@ def save_pretrained(
         raise ValueError(
             f"{len(label_names)} label_names for a model of {model.num_classes} classes"
         )
-    card = None if results is None else model_card(model, results, repo_id)
+    card = None if results is None else model_card(model, results, repo_id, label_names)
     with replacing_files(Path(folder)) as partial:
         save_tensors(model, partial, float16=float16)
         licence = (results or {}).get("license")
@@ -152,17 +152,23 @@ def create_model(name: str, **kwargs: Any) -> Any:
 
 
 def resolve_name(name: str) -> str:
-    """Return what timm loads: of a run folder its `last/`, else the name itself.
+    """Return what timm loads: of a run folder its `last/`, of a model's folder that, else the name.
 
     Raises:
         ValueError: If a run folder holds no finished run.
     """
     folder = Path(name)
-    if (folder / "last" / "config.json").is_file():
-        return f"local-dir:{folder / 'last'}"
-    if (folder / "recipe.yaml").is_file():
+    for place in (folder / "last", folder):
+        if os.path.isfile(place / "config.json"):
+            return f"local-dir:{place}"
+    if is_run(name):
         raise ValueError(f"{name} holds no finished run; go on with it by --resume")
     return name
+
+
+def is_run(name: str) -> bool:
+    """Tell whether a name is that of a run folder, finished or not."""
+    return os.path.isfile(os.path.join(name, "recipe.yaml"))
 
 
 def push_to_hub(
@@ -201,7 +207,8 @@ def push_to_hub(
         if results is None and not HfApi(token=token).file_exists(
             repo_id, "README.md", revision=revision
         ):
-            model_card(model, None, repo_id).save(Path(folder) / "README.md")
+            names = options.get("label_names")
+            model_card(model, None, repo_id, names).save(Path(folder) / "README.md")
         return push_folder(
             folder,
             repo_id,

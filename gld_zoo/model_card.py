@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.models import parse_model_name
 
-from gld_zoo.results import Row
+from gld_zoo.results import Row, TeacherRecord
 
 CIFAR100 = "uoft-cs/cifar100"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
@@ -21,10 +22,17 @@ CIFAR100_TERMS = (
     "CIFAR-100 comes from web search, with its biases; its licence is unknown, and about 10 % of "
     "its test images have a near-duplicate in training (Barz and Denzler, arXiv:1902.00423)."
 )
+OWN_RECIPE = "recipe.yaml"  # of a row whose options are no change of a recipe that ships
+LISTED = 20  # classes that a card names
 TAGS = ["timm", "image-classification", "knowledge-distillation"]
 
 
-def model_card(model: Any, results: dict[str, Any] | None, repo_id: str) -> ModelCard:
+def model_card(
+    model: Any,
+    results: dict[str, Any] | None,
+    repo_id: str,
+    label_names: Sequence[str] | None = None,
+) -> ModelCard:
     """Return a card: what was measured, how to use and repeat it, terms and citation.
 
     The scores are in the hub's own metadata too, where its leaderboards and searches look.
@@ -32,14 +40,16 @@ def model_card(model: Any, results: dict[str, Any] | None, repo_id: str) -> Mode
     Args:
         model: A timm model.
         results: A row of this package's results.json, or one like it: `dataset` (hub id, or any
-            name), `teacher` (its name, None for labels alone), `parameters`, `recipe`, `changes`,
-            `precision`, `hardware`, `sha256` and `runs`, whose first has `seed`, `commit`, `top1`,
-            `top5`, `best_epoch` and `best_epoch_top1` (and `best_epoch_split`, 'test' without it).
-            Optional are `license`, a hub identifier, `finetuned_from`, the name of the weights it
-            began with, `selected`, true if they are the best epoch's instead of the last,
-            `test_split`, the name of the split measured on, and `files`, lines about other files.
-            None is for a model of which nothing was measured, and the card says so.
+            name), `teacher` (its name or a `TeacherRecord`'s fields, None for labels alone),
+            `parameters`, `recipe`, `changes`, `precision`, `hardware`, `sha256` and `runs`, whose
+            first has `seed`, `commit`, `top1`, `top5`, `best_epoch` and `best_epoch_top1` (and
+            `best_epoch_split`, 'test' without it). Optional are `license`, a hub identifier,
+            `finetuned_from`, the name of the weights it began with, `selected`, true if they are
+            the best epoch's instead of the last, `test_split`, the name of the split measured on,
+            and `files`, lines about other files. None is for a model of which nothing was measured,
+            and the card says so.
         repo_id: ORG/NAME, where the model will be.
+        label_names: Of its classes in order; None takes those of its cfg, if there are any.
 
     Raises:
         ValueError: If something is missing in `results`; it names what.
@@ -51,6 +61,7 @@ def model_card(model: Any, results: dict[str, Any] | None, repo_id: str) -> Mode
         architecture=model.pretrained_cfg["architecture"],
         parameters=sum(weight.numel() for weight in model.parameters()),
         origin=_origin(row),
+        classes=_classes(label_names or model.pretrained_cfg.get("label_names") or ()),
         results=_results(row),
         repeat=_repetition(row),
         use=_use(row),
@@ -73,11 +84,24 @@ def _origin(row: Row | None) -> str:
         return "with weights of unstated origin"
     origin = "trained on the labels alone"
     if row.teacher:
-        origin = f"distilled by GLD from `{row.teacher.name}`"
+        origin = f"distilled by GLD from {_teacher(row.teacher)}"
     if row.finetuned_from:
         origin = f"fine-tuned from `{row.finetuned_from}`, {origin}"
     about = '"Distilling Global and Local Logits with Densely Connected Relations"'
     return f"{origin}: {about} (Kim et al., ICCV 2021), trained by gld_zoo"
+
+
+def _teacher(teacher: TeacherRecord) -> str:
+    notes = ["a linear head fitted to it"] if teacher.fitted_head else []
+    notes += [f"top-1 {teacher.top1:.2f} %"] if teacher.top1 is not None else []
+    return f"`{teacher.name}`" + (f" ({', '.join(notes)})" if notes else "")
+
+
+def _classes(names: Sequence[str]) -> str:
+    if not names:
+        return ""
+    more = f" and {len(names) - LISTED} others" if len(names) > LISTED else ""
+    return f" It knows {len(names)} classes: {', '.join(names[:LISTED])}{more}."
 
 
 def _results(row: Row | None) -> str:
@@ -89,7 +113,7 @@ def _results(row: Row | None) -> str:
         f"{_title(row)}, {row.test_split} images, in float32: top-1 {run.top1:.2f} %, top-5 "
         f"{run.top5:.2f} %. Nothing was selected on these images; the weights are those of the "
         f"{'best' if row.selected else 'last'} epoch, and the run's best one on the {split} images "
-        f"was {run.best_epoch} with {run.best_epoch_top1:.2f} %."
+        f"was epoch {run.best_epoch} with {run.best_epoch_top1:.2f} %."
     )
     return "\n\n".join(
         [text, *(["\n".join(f"- {line}" for line in row.files)] if row.files else [])]
@@ -100,9 +124,14 @@ def _repetition(row: Row | None) -> str:
     if row is None:
         return "How it was trained is not stated."
     run = row.runs[0]
+    recipe = f"Recipe `{row.recipe}` of gld_zoo (commit {run.commit}), changed options: "
+    recipe += row.told_changes()
+    if row.recipe == OWN_RECIPE:
+        recipe = (
+            f"`{OWN_RECIPE}` beside this card holds every option (gld_zoo, commit {run.commit})"
+        )
     return (
-        f"Recipe `{row.recipe}` of gld_zoo (commit {run.commit}), changed options: "
-        f"{row.told_changes()}; seed {run.seed}, precision {row.precision}, on {row.hardware}. "
+        f"{recipe}; seed {run.seed}, precision {row.precision}, on {row.hardware}. "
         f"sha256 of the weights: {row.sha256}."
     )
 
@@ -116,9 +145,11 @@ def _use(row: Row | None) -> str:
 def _terms(row: Row | None) -> str:
     if row is None:
         return "The training data is not stated."
-    return (
-        CIFAR100_TERMS if _is_cifar100(row) else f"The terms of {_title(row)} are in its own card."
-    )
+    if _is_cifar100(row):
+        return CIFAR100_TERMS
+    if HUB_ID.fullmatch(row.dataset):
+        return f"The terms of {row.dataset} are in its own card."
+    return f"Trained on {row.dataset}, images of whoever publishes this, whose terms are theirs."
 
 
 def _metadata(row: Row | None, repo_id: str) -> ModelCardData:

@@ -34,11 +34,15 @@ class SeedRun:
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherRecord:
-    """From what a row's runs were distilled: its name, the hash of its weights, its top-1 in %."""
+    """From what a row's runs were distilled: its name, the hash of its weights, its top-1 in %.
+
+    `fitted_head` says that a linear head was fitted to it for the row's classes.
+    """
 
     name: str
     sha256: str | None = None
     top1: float | None = None
+    fitted_head: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,12 +11,14 @@ import sys
 import numpy as np
 import pytest
 import timm
+import yaml
 from datasets import load_dataset
 from PIL import Image
 
 from gld_zoo.explain import SIDE
 from gld_zoo.hub import save_pretrained
 from gld_zoo.images import read_image
+from gld_zoo.output import CommandError
 from gld_zoo.predictor import Predictor
 from helpers import BUNDLED, CHECKOUT
 
@@ -146,6 +148,53 @@ def test_strangers_get_listed_models_alone(files, tmp_path):
         assert (asked.keywords["listed"] is not None) == listed_only
 
 
+@pytest.fixture
+def taught(tmp_path):
+    """A finished run of three classes, and a function that says who taught it."""
+    save_pretrained(
+        timm.create_model("gld_wrn16_1", num_classes=3),
+        tmp_path / "run" / "last",
+        label_names=["ant", "bee_eater", "cat"],
+    )
+
+    def by(**teacher):
+        (tmp_path / "run" / "recipe.yaml").write_text(yaml.safe_dump(teacher))
+        demo.load.cache_clear()
+        return str(tmp_path / "run")
+
+    return by
+
+
+def test_a_run_stands_beside_its_teacher(taught, files):
+    assert demo.teacher_of(taught(teacher="gld_wrn16_2")) == "gld_wrn16_2"
+    assert demo.first_pair([taught(teacher="x", teacher_head="own")], None)[1] == "x"
+    assert demo.first_pair([taught(teacher="x")], "y")[1] == "y"
+    assert demo.teacher_of(taught(teacher=None)) is None
+    note = shown(files / "tiger.jpg", taught(teacher=None))["student"]["note"]
+    assert note.endswith("; knows 3 classes: ant, bee eater, cat")
+
+
+def test_a_teacher_whose_head_was_fitted_is_named_and_not_shown(taught, files):
+    run = taught(teacher="resnet18", teacher_head="fit")
+    assert demo.teacher_of(run) is None
+    note = shown(files / "tiger.jpg", run)["student"]["note"]
+    assert "It was taught by resnet18 with a head fitted to these classes" in note
+
+
+def test_examples_are_of_ones_own(files, tmp_path):
+    own = tmp_path / "own"
+    for number in range(20):
+        (own / f"class{number // 5}").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 9)).save(own / f"class{number // 5}" / f"{number:02}.png")
+    found = demo.find_examples([str(own)])
+    assert len(found) == demo.SHOWN
+    assert {os.path.basename(os.path.dirname(each)) for each in found} == set(os.listdir(own))
+    assert demo.find_examples([str(files / "tiger.jpg")]) == [str(files / "tiger.jpg")]
+    for patterns, message in (([str(files)], "cannot be read"), ([str(tmp_path / "x")], "x")):
+        with pytest.raises(CommandError, match=message):
+            demo.find_examples(patterns)
+
+
 def test_a_model_is_loaded_once():
     assert demo.load(demo.STUDENT) is demo.load(demo.STUDENT)
 
@@ -192,8 +241,9 @@ def address():
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     ) as server:
-        line = server.stdout.readline()
-        yield re.match(r"(http://127\.0\.0\.1:\d+/) shows the page", line)[1]
+        lines = [server.stdout.readline() for _ in range(4)]
+        assert [line.split()[0] for line in lines[:3]] == ["starting", "loading", "loading"]
+        yield re.match(r"(http://127\.0\.0\.1:\d+/) shows the page", lines[3])[1]
         server.send_signal(signal.SIGINT)
         _, errors = server.communicate(timeout=30)
     assert server.returncode == 0

@@ -78,9 +78,15 @@ class TakenError(Exception):
 
 
 @pytest.mark.parametrize("words", list(commands()))
-def test_commands_are_taken_as_they_stand(words, monkeypatch):
+def test_commands_are_taken_as_they_stand(words, monkeypatch, tmp_path):
     name, arguments = program(words)
     arguments = ["quickstart" if word == "RECIPE" else word for word in arguments]
+    if "runs/photos-0/recipe.yaml" in arguments:  # which that run has written
+        run = tmp_path / "runs" / "photos-0"
+        run.mkdir(parents=True)
+        options = ["--config", "photos", "--dataset", "FOLDER"]
+        (run / "recipe.yaml").write_text(parse_command(Recipe, "", options).recipe.to_yaml())
+        monkeypatch.chdir(tmp_path)
     if name == "distill":
         photographs = teaches_photographs([*arguments, "--run", "x"]) or "FOLDER" in arguments
         parse_command(Recipe, "", [*(["--config", "photos"] * photographs), *arguments])

@@ -22,10 +22,13 @@ from gld_zoo.training.common.disk import replacing, write_text
 from gld_zoo.training.common.errors import TrainingError
 from gld_zoo.training.config.dataset_options import add_source_options
 from gld_zoo.training.data.columns import listed
+from gld_zoo.training.data.sources import HELD_OUT, counted
 from gld_zoo.training.measure.contact_sheet import draw_sheet
 from gld_zoo.training.measure.dataset_report import report_on
 
 RARE = 10  # classes that the table shows
+# what an image has, and what is counted of each class
+KINDS = dict(classes=("a class", "images"), boxes=("boxes", "boxes"), masks=("a mask", "pixels"))
 
 
 @printing(failed=end)
@@ -69,18 +72,18 @@ def report_text(facts_: dict[str, Any], lines: Sequence[str]) -> str:
         facts_: As `report_on` returned it.
         lines: What `facts` says beside it.
     """
+    names, (label, unit) = facts_["classes"], KINDS[facts_["kind"]]
     splits = ", ".join(f"{name} {count:,}" for name, count in facts_["splits"].items())
-    text = [f"{facts_['dataset']}: {facts_['kind']}; images {splits}"]
+    text = [f"{facts_['dataset']}: images, each with {label}: {splits}"]
     text.append(f"columns: {facts_['image_column']} and {facts_['label_column']}")
-    names, unit = (
-        facts_["classes"],
-        dict(boxes="boxes", masks="pixels").get(facts_["kind"], "images"),
-    )
     text.append(f"{len(names)} classes: {listed(names)}")
     for split, counts in facts_["counts"].items():
         rare = sorted(counts.items(), key=lambda pair: pair[1])[:RARE]
         shown = ", ".join(f"{name} {count:,}" for name, count in rare)
-        text.append(f"{unit} of the rarest classes in {split}: {shown}")
+        which = "each class" if len(names) <= RARE else "the rarest classes"
+        text.append(f"{unit} of {which} in {split}: {shown}")
+    if HELD_OUT in facts_["counts"]:
+        text.append(f"{HELD_OUT}: set aside of train to test on, as there is no test split")
     for split, seen in facts_["seen"].items():
         modes = ", ".join(f"{mode} {count}" for mode, count in seen["modes"].items())
         text.append(
@@ -94,8 +97,7 @@ def report_text(facts_: dict[str, Any], lines: Sequence[str]) -> str:
 
 
 def _told(found: dict[str, Any]) -> list[str]:
-    passed = [f"{count} of {reason}" for reason, count in sorted(found["passed_over"].items())]
-    lines = [f"passed over: {', '.join(passed)}"] if passed else []
+    lines = [f"passed over: {counted(found['passed_over']) or 'nothing'}"]
     for kind, reason in found.get("column_reasons", {}).items():
         if reason.startswith("by"):
             lines.append(f"the {kind} column was chosen {reason}")

@@ -19,6 +19,11 @@ from gld_zoo.training.engine.launch import launch
 from gld_zoo.training.tasks.relations import task_of
 
 PHOTOS = "photos"
+DESCRIPTION = (
+    f"{__doc__.splitlines()[0]} The defaults below are the paper's; for a plain folder of images "
+    f"and a teacher that does not know their classes (--teacher_head fit or none) those of recipe "
+    f"{PHOTOS} come before them: gld-zoo info {PHOTOS} shows which."
+)
 
 
 def cli(arguments: list[str], prog: str | None = None) -> None:
@@ -30,7 +35,7 @@ def cli(arguments: list[str], prog: str | None = None) -> None:
                 f"a folder of images: options that are not given are those of recipe {PHOTOS} "
                 f"(gld-zoo info {PHOTOS} shows them; name another by --config)"
             )
-    launch(task_of, Recipe, __doc__.splitlines()[0], arguments, prog)
+    launch(task_of, Recipe, DESCRIPTION, arguments, prog)
 
 
 def teaches_photographs(arguments: list[str]) -> bool:

@@ -31,9 +31,9 @@ from gld_zoo.training.measure.drawing import draw_boxes, draw_mask
 def build_parser(prog: str | None) -> ArgumentParser:
     """Return the parser of the command line."""
     parser = ArgumentParser(prog=prog, description=__doc__.splitlines()[0])
-    parser.add_argument("model", type=Path, help="run folder, or a folder such as its last/")
+    parser.add_argument("model", type=str, help="run folder, or a folder such as its last/")
     parser.add_argument("images", type=str, nargs="+", help="file, folder or pattern")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the drawings")
+    parser.add_argument("--out", type=str, required=True, help="folder for the drawings")
     parser.add_argument(
         "--threshold", type=ClosedUnitInterval, default=0.4, help="least confidence of a box"
     )
@@ -78,14 +78,15 @@ def draw(options: Any, failed: list[Path]) -> Iterator[str]:
         DiskError: If a drawing cannot be written.
         ValueError: If the folder holds no model, or drawings would go where the images are.
     """
-    last = options.model / "last"
-    model = load_downstream(last if os.path.isdir(last) else options.model)
+    given = Path(options.model)
+    last = given / "last"
+    model = load_downstream(last if os.path.isdir(last) else given)
     size = options.image_size or model.config["image_size"]
     if size is None and not isinstance(model, SSD):
         raise ValueError(
             f"{options.model} does not say how large its images were; set --image_size"
         )
-    out, used = options.out, set()
+    out, used = Path(options.out), set()
     paths = list(find_images(options.images))
     if not paths:
         raise ValueError(f"no image in {' '.join(options.images)}")

@@ -26,8 +26,8 @@ from gld_zoo.training.publish.hub_folder import Contents, push, write_hub_folder
 def cli(arguments: list[str], prog: str | None = None) -> None:
     """Run the command line; a mistake ends the program with one line that names it."""
     parser = ArgumentParser(prog=prog, description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path, help="finished run folder")
-    parser.add_argument("folder", type=Path, help="folder to write")
+    parser.add_argument("run", type=str, help="finished run folder")
+    parser.add_argument("folder", type=str, help="folder to write")
     parser.add_argument("--weights", type=Literal["last", "best"], default="last", help="which")
     parser.add_argument(
         "--float16", action="store_true", help="tensors of two or more dimensions in float16"
@@ -50,8 +50,8 @@ def cli(arguments: list[str], prog: str | None = None) -> None:
             license=options.license,
         )
         top1 = write_hub_folder(
-            options.run,
-            options.folder,
+            Path(options.run),
+            Path(options.folder),
             contents,
             dataset=options.dataset,
             repo_id=options.push or "ORG/NAME",
@@ -59,7 +59,7 @@ def cli(arguments: list[str], prog: str | None = None) -> None:
         scores = ", ".join(f"{name} {score:.2f} %" for name, score in top1.items())
         print(f"{options.folder}: weights, configuration and card (README.md); top-1 {scores}")
         if options.push:
-            print(f"pushed: {push(options.folder, options.push, private=options.private)}")
+            print(f"pushed: {push(Path(options.folder), options.push, private=options.private)}")
             print(
                 "it loads by import timm, gld_zoo; "
                 f"timm.create_model('hf-hub:{options.push}', pretrained=True)"
@@ -68,7 +68,7 @@ def cli(arguments: list[str], prog: str | None = None) -> None:
             print(
                 "it loads by import timm, gld_zoo; "
                 f"timm.create_model('local-dir:{options.folder}', pretrained=True), "
-                "and --push ORG/NAME publishes it"
+                "and an export with --push ORG/NAME, which the card then names, publishes it"
             )
     except (HFValidationError, TrainingError) as error:
         sys.exit(f"error: {error}")

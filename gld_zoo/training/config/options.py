@@ -17,6 +17,7 @@ from gld_zoo.training.config.recipe_files import MODE, check_text
 
 Kind = TypeVar("Kind", bound="Options")
 Schedule = Literal["steps", "linear", "rex", "cosine", "poly"]
+OPEN = "???"  # what a recipe leaves to whoever runs it, as in OmegaConf's files
 
 
 def option(
@@ -151,6 +152,11 @@ class Options(ABC):
             if getattr(self, field.name) is None and type(None) not in get_args(hints[field.name]):
                 raise ValueError(f"{field.name} has no value; leave it out for its default")
             value, (low, high) = getattr(self, field.name), field.metadata["range"]
+            if value == OPEN:
+                raise ValueError(
+                    f"the recipe leaves {field.name} open; give --{field.name} "
+                    f"({field.metadata['help']})"
+                )
             if isinstance(value, (int, float)) and not low <= value <= high:
                 raise ValueError(
                     f"{field.name}={value} is out of range; it must lie between {low} and {high}"

@@ -23,6 +23,7 @@ from gld_zoo.training.data.rows import Rows, Table
 
 NO_LABEL = "no_label"
 MEASURED = ("test", "validation")  # splits to measure on, by their usual names
+HELD_OUT = "held-out"  # the split that a part of the training images makes
 AUTO_FRACTION = 0.2
 
 
@@ -73,7 +74,7 @@ class ImageSource:
             _check_fraction(test_fraction, test_split)
             test_split = train_split
         train, test = pick_splits(name, opened.splits, train_split, test_split)
-        self.test_split = "held-out" if test_fraction else test
+        self.test_split = HELD_OUT if test_fraction else test
         features = features_of(opened.splits[train])
         self.image_column, image_reason = pick_image_column(name, features, image_column)
         tables = {split: opened.splits[split] for split in (train, test)}
@@ -224,6 +225,10 @@ def facts(source: ImageSource, empty: Sequence[str] = ()) -> list[str]:
         words.append(f"no training image of {listed(empty)}")
     lines = ["; ".join(words)] if words else []
     if source.passed_over:
-        passed = (f"{count} of {reason}" for reason, count in sorted(source.passed_over.items()))
-        lines.append(f"passed over: {', '.join(passed)}")
+        lines.append(f"passed over: {counted(source.passed_over)}")
     return lines
+
+
+def counted(reasons: dict[str, int]) -> str:
+    """Return what was passed over in a folder, and how often, in words."""
+    return ", ".join(f"{count} x {reason}" for reason, count in sorted(reasons.items()))

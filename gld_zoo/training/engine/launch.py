@@ -170,7 +170,7 @@ def train(trainer: Trainer, interruption: Interruption, *, resume: bool) -> None
         )
     except Stopped as stopped:
         trainer.write_metrics(last=True)
-        say(f"{stopped}; go on with --resume")
+        say(f"{stopped}; go on with --resume: the same command, --run {trainer.run.path} --resume")
         return
     summary = trainer.finish()
     say(telling.best_epoch(summary, task))

@@ -106,7 +106,7 @@ def best_epoch(summary: dict[str, Any], task: Task) -> str:
     best = summary[f"best_epoch_{task.metric}"]
     return (
         f"best {task.metric_title} of an epoch, as a note: {best:.2f} % at "
-        f"{summary['best_epoch']} ({summary['best_epoch_split']})"
+        f"epoch {summary['best_epoch']} ({summary['best_epoch_split']})"
     )
 
 

@@ -127,8 +127,15 @@ def draw_comparison(result: dict[str, Any], path: Path) -> None:
         label = f"{number}: {each['model']}, {each['parameters']:,} parameters"
         (drawn,) = left.plot([], [], "o", label=label)
         left.scatter(speed, top1, s=area, alpha=0.6, color=drawn.get_color())
+        share = top1 / 100
+        error = 100 * math.sqrt(share * (1 - share) / result["images"])
+        left.errorbar(speed, top1, error, color=drawn.get_color(), capsize=3)
         left.annotate(number, (speed, top1), ha="center", va="center", fontsize=8)
-    left.set(xscale="log", xlabel="images/s, forward pass alone", ylabel="top-1, %")
+    left.set(
+        xscale="log",
+        xlabel="images/s of this machine, forward pass alone",
+        ylabel="top-1, %, ± standard error",
+    )
     for formatted in (left.xaxis.set_major_formatter, left.xaxis.set_minor_formatter):
         formatted(ScalarFormatter())
     left.grid(alpha=0.3, which="both")

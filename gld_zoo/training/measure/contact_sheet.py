@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from gld_zoo.training.data.detection_rows import as_lists
 from gld_zoo.training.data.rows import ImageRows
 
 SHEET = 40  # images of the contact sheet
+WIDE = 18  # letters of a line above an image
 
 
 def draw_sheet(rows: ImageRows, names: Sequence[str], title: str, path: Path) -> None:
@@ -49,4 +51,5 @@ def _caption(rows: Any, item: dict[str, Any], names: Sequence[str]) -> str:
         mask = np.asarray(Image().decode_example(item[rows.mask_column]))
         return f"values {mask.min()} to {mask.max()}"
     number = rows.class_of(item[rows.label_column])
-    return "no class" if number is None else names[number]
+    name = "no class" if number is None else names[number].replace("_", " ")
+    return "\n".join(textwrap.wrap(name, WIDE, max_lines=2, placeholder=" ..."))

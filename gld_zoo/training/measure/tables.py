@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-WORST = 10  # classes that the table shows
+WORST = 10  # classes that the table shows, of few only half of them
 
 
 def table(result: dict[str, Any]) -> str:
@@ -14,7 +14,8 @@ def table(result: dict[str, Any]) -> str:
     lines = []
     for name, value in result.items():
         if isinstance(value, dict):
-            name, text = f"worst {WORST} classes", worst_classes(value)
+            count = min(WORST, -(-len(value) // 2))
+            name, text = f"worst {count} classes", worst_classes(value, count)
         elif isinstance(value, bool):
             text = "yes" if value else "no"
         elif isinstance(value, list):
@@ -27,7 +28,7 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def worst_classes(top1: dict[str, float | None]) -> str:
+def worst_classes(top1: dict[str, float | None], count: int) -> str:
     """Return the classes of the lowest top-1, in words; those without images are left out."""
     measured = [(value, name) for name, value in top1.items() if value is not None]
-    return ", ".join(f"{name} {value:.1f} %" for value, name in sorted(measured)[:WORST])
+    return ", ".join(f"{name} {value:.1f} %" for value, name in sorted(measured)[:count])

@@ -12,6 +12,7 @@ import torch
 from timm.data import resolve_model_data_config
 
 from gld_zoo.hub import model_card, push_folder, save_pretrained
+from gld_zoo.model_card import OWN_RECIPE
 from gld_zoo.training.build.create import create_frozen
 from gld_zoo.training.common.disk import replace_folder, sha256, writing
 from gld_zoo.training.common.errors import RunError
@@ -157,9 +158,9 @@ def _describe(
     recipe = finished.portable()
     return dict(
         finished.description(),
-        teacher=recipe.teacher,
+        teacher=finished.teacher(),
         finetuned_from=recipe.student if recipe.finetune else None,
-        recipe="recipe.yaml",
+        recipe=OWN_RECIPE,
         changes={},
         test_split=finished.summary.get("test_split", "test"),  # older runs do not tell
         runs=[scores],

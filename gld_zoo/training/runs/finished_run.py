@@ -74,6 +74,23 @@ class FinishedRun:
             teacher=teacher and _portable(teacher),
         )
 
+    def teacher(self) -> dict[str, Any] | None:
+        """Return what a card tells of its teacher; of one in a folder it names the architecture."""
+        name = self.recipe.teacher
+        if not name:
+            return None
+        folder = resolve_name(name) if Path(name).is_dir() else name
+        config = Path(folder.removeprefix("local-dir:")) / "config.json"
+        if folder.startswith("local-dir:") and config.is_file():
+            name = str(json.loads(config.read_text(encoding="utf-8"))["architecture"])
+        recorded = self.summary["teacher"]
+        return dict(
+            name=_portable(name),
+            sha256=recorded.get("sha256"),
+            top1=recorded.get("top1"),
+            fitted_head=self.recipe.teacher_head == "fit",
+        )
+
     def description(self) -> dict[str, Any]:
         """Return how it was trained, as results.json holds it."""
         precisions = [launch["mixed_precision"] for launch in self.launches]

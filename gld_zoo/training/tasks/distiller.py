@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -21,6 +22,7 @@ from gld_zoo.training.common.errors import ModelError
 from gld_zoo.training.config.recipe import PAPER_BETA, Recipe
 from gld_zoo.training.data.batches import Data, EvalBatches, NumberedBatches, Share, WithRows
 from gld_zoo.training.data.loaders import load_data, split_rows
+from gld_zoo.training.data.opening import is_image_folder
 from gld_zoo.training.data.sources import facts, open_source
 from gld_zoo.training.engine.task import Task, Terms
 from gld_zoo.training.runs.on_record import labels_alone
@@ -28,6 +30,7 @@ from gld_zoo.training.tasks.labels import accuracy, check_classes, smooth
 from gld_zoo.training.teaching.taught import Run, TaughtBy
 
 BUNDLED = "cifar100_mini"  # the images that come with the package, for a first look alone
+TELL_FROM = 0.05  # the share of images that fill no batch from which a run tells of them
 
 
 class Distiller(Task):
@@ -157,10 +160,18 @@ class Distiller(Task):
         """Return a line on what the student learns from, and for how long."""
         *others, last = self.learns_from()
         sources = f"{', '.join(others)} and {last}" if others else last
-        return (
-            f"learning from {sources}: {self.recipe.epochs} epochs of {len(self.data.train):,} "
+        epochs, batches = self.recipe.epochs, self.data.train
+        line = (
+            f"learning from {sources}: {epochs} epoch{'s' * (epochs != 1)} of {len(batches):,} "
             f"batches of {self.recipe.batch_size} images"
         )
+        left_out = batches.count - len(batches) * self.recipe.batch_size
+        if left_out > TELL_FROM * batches.count:
+            line += (
+                f"; {left_out} of {batches.count:,}, others in each epoch, fill no batch and are "
+                "left out (fewer by a smaller --batch_size)"
+            )
+        return line
 
     def learns_from(self) -> list[str]:
         """Return what the loss compares the student with, in words."""
@@ -204,8 +215,8 @@ class Distiller(Task):
             if (alone := labels_alone(self.recipe)) is not None:
                 gain = summary["top1"] - alone
                 lines.append(
-                    f"on the labels alone the same recipe gave {alone:.2f} % (on record; "
-                    f"--teacher null repeats it): distillation brought {gain:+.2f} points"
+                    f"on the labels alone the same recipe gave {alone:.2f} % (on record; --teacher "
+                    f"null --run {run}-alone repeats it): distillation brought {gain:+.2f} points"
                 )
         return [
             *lines,
@@ -217,9 +228,11 @@ class Distiller(Task):
 
     def next_steps(self, run: Path) -> list[str]:
         """Return what people may want to do with a finished run."""
+        folder = self.recipe.dataset
+        examples = f" --examples {shlex.quote(folder)}" if is_image_folder(folder) else ""
         steps = [
             f"to see what it sees where: gld-zoo explain IMAGE --model {run} -o OUT.png, or in a "
-            f"browser gld-zoo demo --model {run}"
+            f"browser gld-zoo demo --model {run}{examples}"
         ]
         if Path(self.source.name).name == BUNDLED:
             return [
@@ -227,6 +240,12 @@ class Distiller(Task):
                 "to teach one on photographs of your own, a folder of them for each class: "
                 "gld-zoo distill --dataset FOLDER --teacher NAME --teacher_head fit --student NAME "
                 "(docs/own_photos.md)",
+            ]
+        if self.taught_by is not None and self.source.is_labelled:
+            steps += [
+                "to know what the teacher brought: gld-zoo distill --config "
+                f"{run}/recipe.yaml --teacher null --run {run}-alone, and then "
+                f"gld-zoo compare {run}-alone {run}"
             ]
         return [*steps, f"to publish it: gld-zoo export {run} FOLDER --push ORG/NAME"]
 

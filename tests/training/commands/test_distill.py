@@ -73,7 +73,7 @@ def test_printed_lines_tell_teacher_before_after_and_where(student_run):
     assert f"teacher {summary['teacher']['top1']:.2f} %" in printed
     assert f"before (random weights), {summary['top1']:.2f} % after" in printed
     best, epoch = summary["best_epoch_top1"], summary["best_epoch"]
-    assert f"best top-1 of an epoch, as a note: {best:.2f} % at {epoch} (test)" in printed
+    assert f"best top-1 of an epoch, as a note: {best:.2f} % at epoch {epoch} (test)" in printed
     assert str(student_run) in printed
 
 
@@ -730,8 +730,20 @@ def test_a_run_tells_what_it_learns_from_and_for_how_long(
     assert line.endswith(f"{expected}: 2 epochs of 4 batches of 16 images")
 
 
-def test_a_finished_run_tells_what_to_do_next(student_run):
-    *_, look, publish = (student_run / "printed.txt").read_text().splitlines()
+def test_a_run_tells_how_many_images_fill_no_batch(student_run, tmp_path, distill):
+    command = ["--config", student_run / "recipe.yaml", "--run", tmp_path / "run"]
+    printed = distill(*command, "--max_minutes", 0, "--batch_size", 28)
+    told = "2 batches of 28 images; 8 of 64, others in each epoch, fill no batch and are left out"
+    assert told in printed
+
+
+def test_a_finished_run_tells_what_to_do_next(student_run, tmp_path, distill):
+    *_, look, compare, publish = (student_run / "printed.txt").read_text().splitlines()
+    command = compare.partition("gld-zoo distill ")[2].partition(",")[0].split()
+    assert command[-1] == f"{student_run}-alone"
+    printed = distill(*command[:-1], tmp_path / "alone", "--threads", 1)
+    assert "learning from the labels: 2 epochs" in printed
+    assert compare.endswith(f"and then gld-zoo compare {student_run}-alone {student_run}")
     assert look.endswith(
         f"gld-zoo explain IMAGE --model {student_run} -o OUT.png, or in a browser "
         f"gld-zoo demo --model {student_run}"

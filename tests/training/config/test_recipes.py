@@ -33,6 +33,13 @@ SIZES.update(cars=224, cub=224, photos=128)
 RECIPES = sorted(set(FOLDER.glob("*.yaml")) - set(OTHERS))
 
 
+def load(path):
+    """Return a recipe, with a dataset's name where it leaves that open."""
+    is_open = "dataset: ???" in path.read_text()
+    options = ["--config", str(path), *["--dataset", "FOLDER"] * is_open]
+    return parse_command(Recipe, "", options).recipe
+
+
 def kind_of(path):
     """Return a recipe's dataset, by its name."""
     return path.stem.partition("_")[0]
@@ -40,12 +47,19 @@ def kind_of(path):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_parses_and_names_its_command_and_known_models(path):
-    recipe = Recipe.load(path)
+    recipe = load(path)
     header = [line for line in path.read_text().splitlines() if line.startswith("#")]
     assert any(line.endswith(f"gld-zoo distill --config {path.stem}") for line in header)
     assert timm.is_model(recipe.student)
     if recipe.teacher:
         assert timm.is_model(architecture(recipe.teacher)), recipe.teacher
+
+
+@pytest.mark.parametrize("name", ["photos", "photos_teacher"])
+def test_what_a_recipe_leaves_open_must_be_given(name, capsys):
+    with pytest.raises(SystemExit):
+        parse_command(Recipe, "", ["--config", name])
+    assert "the recipe leaves dataset open; give --dataset (hub id" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", PROBES, ids=lambda path: path.stem)
@@ -115,7 +129,7 @@ def architecture(teacher):
 )
 def test_every_recipe_builds_its_models_and_takes_a_step(path, tiny_dataset, tmp_path, monkeypatch):
     """At its own size and with its own crops, on four real images; weights here are random."""
-    recipe = Recipe.load(path)
+    recipe = load(path)
     changes = dict(dataset=str(tiny_dataset), test_split=None, batch_size=4, workers=0)
     recipe = replace(recipe, **changes, teacher_store=None)
     if path.stem == "photos_teacher":

@@ -112,7 +112,7 @@ def test_system_folders_and_files_are_passed_over_and_told(tmp_path):
     source = ImageSource(str(tmp_path))
     assert_read(source, dict.fromkeys(THREE, (4, 2)))
     assert source.passed_over == {"system folder": 5, "system file": 4}
-    assert facts(source) == ["passed over: 4 of system file, 5 of system folder"]
+    assert facts(source) == ["passed over: 4 x system file, 5 x system folder"]
 
 
 def test_what_is_no_image_is_passed_over_and_counted(tmp_path):

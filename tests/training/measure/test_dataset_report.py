@@ -41,8 +41,8 @@ def test_a_folder_is_shown_as_a_run_would_read_it(tmp_path, capsys):
     assert seen["modes"] == dict(RGB=12, L=1)
     printed = show(capsys, tmp_path / "data", "--duplicates", "false")
     assert "3 classes: ant, bee, cat" in printed
-    assert "images of the rarest classes in train: ant 4, cat 4, bee 5" in printed
-    assert "passed over: 1 of no image (.txt)" in printed
+    assert "images of each class in train: ant 4, cat 4, bee 5" in printed
+    assert "passed over: 1 x no image (.txt)" in printed
     assert "both splits hold" not in printed
 
 
@@ -60,7 +60,7 @@ def test_facts_and_a_contact_sheet_are_written(tmp_path, capsys):
     tidy(tmp_path / "data")
     options = ["--json", tmp_path / "facts.json", "--picture", tmp_path / "sheet.png"]
     printed = show(capsys, tmp_path / "data", *options)
-    assert "images train 12, test 6" in printed
+    assert "images, each with a class: train 12, test 6" in printed
     assert json.loads((tmp_path / "facts.json").read_text())["counts"]["test"]["cat"] == 2
     with PILImage.open(tmp_path / "sheet.png") as sheet:
         colors = {color for _, color in sheet.convert("RGB").getcolors(1 << 20)}

@@ -211,7 +211,7 @@ def test_classes_are_counted_and_those_without_images_left_out():
     assert scores.confusion().tolist() == [[1, 0, 0], [1, 1, 1], [0, 0, 0]]
     assert scores.top1_by_class() == [100.0, pytest.approx(100 / 3), None]
     names = dict(zip(["ant", "bee", "cat"], scores.top1_by_class(), strict=True))
-    assert worst_classes(names) == "bee 33.3 %, ant 100.0 %"
+    assert worst_classes(names, 2) == "bee 33.3 %, ant 100.0 %"
 
 
 def test_classes_confusion_and_mirror_images_of_a_run(student_run, tiny_dataset, tmp_path, capsys):
@@ -231,7 +231,7 @@ def test_classes_confusion_and_mirror_images_of_a_run(student_run, tiny_dataset,
     assert result["top1"] == pytest.approx(100 * (guess == target).double().mean().item())
     printed = capsys.readouterr().out
     assert "mirror             yes" in printed
-    assert "worst 10 classes" in printed
+    assert "worst 2 classes" in printed
 
 
 def test_a_split_that_does_not_fit_in_memory_is_read_as_it_is_needed(

@@ -9,6 +9,7 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
+from gld_zoo.results import TeacherRecord
 from gld_zoo.training.commands.export import cli
 from gld_zoo.training.common.disk import sha256
 from gld_zoo.training.common.errors import ModelError
@@ -58,6 +59,25 @@ def test_an_export_is_the_runs_own_bits_with_card_recipe_and_log(student_run, ex
     assert [path.name for path in folder.parent.iterdir()] == ["mine"]
     model = timm.create_model(f"local-dir:{folder}", pretrained=True)
     assert model.pretrained_cfg["label_names"] == ["apple", "aquarium_fish", "baby", "bear"]
+
+
+def test_a_card_names_teacher_and_classes(student_run, export, tmp_path):
+    export(student_run, tmp_path / "mine")
+    text = ModelCard.load(tmp_path / "mine" / "README.md").text
+    top1 = json.loads((student_run / "summary.json").read_text())["teacher"]["top1"]
+    teacher = Recipe.load(student_run / "recipe.yaml").teacher.removeprefix("local-dir:")
+    architecture = json.loads((Path(teacher) / "config.json").read_text())["architecture"]
+    assert f"distilled by GLD from `{architecture}` (top-1 {top1:.2f} %)" in text
+    assert "It knows 4 classes: apple, aquarium_fish, baby, bear." in text
+    assert "`recipe.yaml` beside this card holds every option" in text
+
+
+def test_a_card_tells_of_a_head_that_was_fitted():
+    recipe = Recipe(student="x", teacher="resnet18", teacher_head="fit", dataset="birds")
+    summary = dict(dataset="birds", dataset_is_folder=True, teacher=dict(sha256="0", top1=70.0))
+    teacher = FinishedRun(Path("x"), recipe, summary, {}).teacher()
+    told = TeacherRecord(**teacher)
+    assert (told.name, told.top1, told.fitted_head) == ("resnet18", 70.0, True)
 
 
 def test_a_card_states_no_licence_nor_dataset_that_nobody_named(student_run, export, tmp_path):
@@ -141,7 +161,7 @@ def test_weights_selected_on_held_out_images_are_measured(
     )
     export(run, tmp_path / "again", "--weights", "best")
     assert scores(tmp_path / "again") == {"Top-1": 12.0, "Top-5": 34.0}
-    found = f"best one on the val images was {summary['best_epoch']} with {best:.2f} %"
+    found = f"best one on the val images was epoch {summary['best_epoch']} with {best:.2f} %"
     assert f"the weights are those of the best epoch, and the run's {found}" in text
 
 
