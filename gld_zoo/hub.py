@@ -14,7 +14,7 @@ import timm
 import torch
 import torch.nn as nn
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
@@ -148,6 +148,11 @@ def create_model(name: str, **kwargs: Any) -> Any:
         raise ValueError(reason) from error
     except (RuntimeError, ValueError, OSError, HfHubHTTPError) as error:
         reason = str(error) or f"{type(error).__name__}: its file of weights is missing"
+        if isinstance(error, LocalEntryNotFoundError):
+            reason += (
+                " Without one, name a model's folder instead; HF_HUB_OFFLINE=1 asks for what is "
+                "there already, and does not wait"
+            )
         raise ValueError(reason) from error
 
 
@@ -155,7 +160,7 @@ def resolve_name(name: str) -> str:
     """Return what timm loads: of a run folder its `last/`, of a model's folder that, else the name.
 
     Raises:
-        ValueError: If a run folder holds no finished run.
+        ValueError: If a run folder holds no finished run, or a folder no model.
     """
     folder = Path(name)
     for place in (folder / "last", folder):
@@ -163,6 +168,11 @@ def resolve_name(name: str) -> str:
             return f"local-dir:{place}"
     if is_run(name):
         raise ValueError(f"{name} holds no finished run; go on with it by --resume")
+    if os.sep in name and ":" not in name:
+        raise ValueError(
+            f"there is no run and no model in the folder {name}; name one where there is, a timm "
+            "model, or hf-hub:ORG/NAME"
+        )
     return name
 
 

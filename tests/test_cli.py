@@ -83,6 +83,18 @@ def test_a_run_folder_is_a_model(pictures, student_run, tmp_path, capsys):
     (tmp_path / "recipe.yaml").write_text("student: gld_resnet20\n")
     message = run(capsys, "predict", picture, "--model", tmp_path, code="error")
     assert "holds no finished run; go on with it by --resume" in message
+    of_folder = run(capsys, "predict", picture, "--model", student_run / "last")
+    assert of_folder == by_path
+    message = run(capsys, "predict", picture, "--model", tmp_path / "typo", code="error")
+    assert f"there is no run and no model in the folder {tmp_path / 'typo'}" in message
+
+
+def test_the_hub_out_of_reach_is_told_with_what_to_do(pictures, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    name = "hf-hub:nobody/has-this"
+    message = run(capsys, "predict", pictures / "0.png", "--model", name, code="error")
+    assert f"{name!r} cannot be created: " in message
+    assert "name a model's folder instead; HF_HUB_OFFLINE=1" in message
 
 
 def test_a_bad_file_is_named_and_the_others_are_done(pictures, capsys):

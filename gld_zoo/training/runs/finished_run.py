@@ -79,7 +79,7 @@ class FinishedRun:
         name = self.recipe.teacher
         if not name:
             return None
-        folder = resolve_name(name) if Path(name).is_dir() else name
+        folder = _resolved(name)
         config = Path(folder.removeprefix("local-dir:")) / "config.json"
         if folder.startswith("local-dir:") and config.is_file():
             name = str(json.loads(config.read_text(encoding="utf-8"))["architecture"])
@@ -158,9 +158,16 @@ def _schedule(recipe: Recipe) -> str:
     return " ".join(words)
 
 
+def _resolved(name: str) -> str:
+    try:
+        return resolve_name(name)
+    except ValueError:  # what was there is gone
+        return name
+
+
 def _portable(name: str) -> str:
     """Return a model's name, of a folder the last two parts alone."""
-    name = resolve_name(name) if Path(name).is_dir() else name
+    name = _resolved(name)
     if not name.startswith("local-dir:"):
         return name
     return "local-dir:" + "/".join(Path(name.removeprefix("local-dir:")).parts[-2:])
