@@ -730,6 +730,7 @@ def test_a_run_tells_what_it_learns_from_and_for_how_long(
     assert line.endswith(f"{expected}: 2 epochs of 4 batches of 16 images")
 
 
+@pytest.mark.slow
 def test_a_run_tells_how_many_images_fill_no_batch(student_run, tmp_path, distill):
     command = ["--config", student_run / "recipe.yaml", "--run", tmp_path / "run"]
     printed = distill(*command, "--max_minutes", 0, "--batch_size", 28)

@@ -78,10 +78,11 @@ def test_a_runs_scores_are_those_of_its_log(
     [
         ("vit_tiny_patch16_224", ["--image_size", 64], "cannot take 64x64 images"),
         ("resnet18", ["--image_size", 16], None),
-        (
+        pytest.param(
             "vit_tiny_patch16_224",
             [],
             "none: the head of VisionTransformer does not begin with average",
+            marks=pytest.mark.slow,
         ),
     ],
 )

@@ -3,6 +3,8 @@
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from gld_zoo import recipes
 from gld_zoo.training.config.recipe import Recipe
 from gld_zoo.training.runs.on_record import labels_alone
@@ -23,6 +25,7 @@ def test_another_schedule_or_another_dataset_has_a_row_of_its_own_or_none():
         assert labels_alone(replace(QUICKSTART, **other)) is None
 
 
+@pytest.mark.slow
 def test_a_run_tells_what_distillation_brought(student_run, distill, monkeypatch, tmp_path):
     recipe = student_run / "recipe.yaml"
     printed = distill("--config", recipe, "--run", tmp_path / "none")

@@ -259,6 +259,7 @@ def test_a_store_that_another_run_writes_is_left_to_it(options, tmp_path, distil
     assert weights(tmp_path / "run") == weights(tmp_path / "unbroken")
 
 
+@pytest.mark.slow
 def test_a_damaged_view_is_named_and_made_anew(options, tmp_path, distill):
     folder = tmp_path / "store"
     distill(*options, "--teacher_store", folder, "--run", tmp_path / "first")
@@ -363,6 +364,7 @@ def vision_transformer(folder, classes):
     return f"local-dir:{folder}"
 
 
+@pytest.mark.slow
 def test_a_head_is_fitted_once_and_kept_in_the_run_and_in_the_store(
     tiny_dataset, tmp_path, distill, monkeypatch
 ):
