@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +27,46 @@ def setups_table(results: Results) -> list[str]:
         "| setup | teacher → student | epochs each (paper) | teacher | student alone | GLD |",
         "|---|---|---|---|---|---|",
     ]
-    for setup, row in results.setups.items():
-        ours = [results.rows.get(row[role]["weights"]) for role in ROLES]
-        if not any(ours):
-            continue
-        pair = f"{row['teacher']['model']} → {row['gld']['model']}"
-        epochs = ", ".join(epochs_of(each, results.rows) for each in ours)
+    for setup, row, ours in setups_of(results, the_papers=True):
         scores = [
             f"{mean_of(each)} ({paper_score(row[role])})"
             for role, each in zip(ROLES, ours, strict=True)
         ]
-        cells = [setup, pair, f"{epochs} ({row['paper_epochs'] or '-'})", *scores]
+        epochs = f"{all_epochs(ours, results)} ({row['paper_epochs']})"
+        lines.append(f"| {' | '.join([setup, pair_of(row), epochs, *scores])} |")
+    return lines
+
+
+def own_table(results: Results) -> list[str]:
+    """Return one line a setup that is no row of the paper, at the last epoch."""
+    lines = [
+        "| teacher → student | images | epochs each | teacher | student alone | GLD |",
+        "|---|---|---|---|---|---|",
+    ]
+    for _, row, ours in setups_of(results, the_papers=False):
+        cells = [pair_of(row), row["dataset"], all_epochs(ours, results), *map(mean_of, ours)]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def setups_of(
+    results: Results, *, the_papers: bool
+) -> Iterator[tuple[str, dict[str, Any], list[Row | None]]]:
+    """Yield the setups of which there are rows: name, what results.json holds, and the rows."""
+    for setup, row in results.setups.items():
+        ours = [results.rows.get(row[role]["weights"]) for role in ROLES]
+        if any(ours) and the_papers == bool(row["paper_epochs"]):
+            yield setup, row, ours
+
+
+def pair_of(setup: dict[str, Any]) -> str:
+    """Return a setup's teacher and student."""
+    return f"{setup['teacher']['model']} → {setup['gld']['model']}"
+
+
+def all_epochs(rows: list[Row | None], results: Results) -> str:
+    """Return the epochs of a setup's rows."""
+    return ", ".join(epochs_of(each, results.rows) for each in rows)
 
 
 def weights_table(results: Results) -> list[str]:
@@ -149,6 +176,7 @@ def mean_of(row: Row | None) -> str:
 
 BLOCKS: dict[str, Callable[[Results], list[str]]] = {
     "setups": setups_table,
+    "own": own_table,
     "weights": weights_table,
     "shipped": shipped_table,
     "commands": commands,

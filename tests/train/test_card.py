@@ -8,7 +8,16 @@ import pytest
 import timm
 from timm.models import get_pretrained_cfg
 
-from card import DOCUMENTS, command, commands, epochs_of, fill, mean_of
+from card import (
+    DOCUMENTS,
+    command,
+    commands,
+    epochs_of,
+    fill,
+    mean_of,
+    own_table,
+    setups_table,
+)
 from gld_zoo import recipes
 from gld_zoo.results import PATH as RESULTS_FILE
 from gld_zoo.results import Results, Row
@@ -106,6 +115,17 @@ def test_each_run_has_one_command_that_is_its_recipe_with_its_changes():
     ]
     assert sorted(found, key=repr) == sorted(expected, key=repr)
     assert len(folders) == len(expected)
+
+
+def test_setups_of_our_own_have_a_table_of_their_own():
+    role = dict(model="m", paper_top1=None, weights="m.a")
+    setup = dict(dataset="birds", teacher=role, alone=role, gld=dict(role, weights=None))
+    setups = dict(b=dict(setup, paper_epochs=200), own=dict(setup, paper_epochs=None))
+    results = Results(setups, {"m.a": row(epochs=7)}, {})
+    score = row().mean()
+    assert own_table(results)[2:] == [f"| m → m | birds | 7, 7, - | {score} | {score} | - |"]
+    paper = f"| b | m → m | 7, 7, - (200) | {score} (-) | {score} (-) | - (-) |"
+    assert setups_table(results)[2:] == [paper]
 
 
 def test_a_row_that_goes_on_from_another_shows_the_epochs_of_both():
