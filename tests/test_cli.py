@@ -528,7 +528,8 @@ def test_commands_without_their_packages_name_the_extra():
 
 def test_the_page_without_its_package_names_the_extra(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
-    monkeypatch.delitem(sys.modules, "gld_zoo.demo", raising=False)
+    for name in ("gld_zoo.demo", "gld_zoo.demo.page"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     message = run(capsys, "demo", code="error")
     extra = 'comes with an extra: pip install "gld-zoo[demo]"'
     assert message == f"error: gld-zoo demo needs gradio, which {extra}"

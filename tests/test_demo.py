@@ -25,6 +25,8 @@ from helpers import BUNDLED, CHECKOUT
 pytest.importorskip("gradio", reason='needs gradio: pip install -e ".[demo]"')
 
 from gld_zoo import demo
+from gld_zoo.demo import looking
+from gld_zoo.demo.page import compare
 
 CHROMIUM = "/usr/bin/chromium"
 PARTS = ("classes", "cells", "note")
@@ -34,7 +36,7 @@ PARTS = ("classes", "cells", "note")
 def files(tmp_path_factory):
     """A photograph, and what is none: a damaged file, a text of an image's name."""
     folder = tmp_path_factory.mktemp("files")
-    tiger = demo.EXAMPLES / "tiger.png"
+    tiger = looking.EXAMPLES / "tiger.png"
     Image.open(tiger).resize((300, 200)).save(folder / "tiger.jpg")
     (folder / "cut.png").write_bytes(tiger.read_bytes()[:500])
     (folder / "notes.png").write_text("no image")
@@ -49,9 +51,9 @@ def settings(monkeypatch, tmp_path_factory):
         monkeypatch.setenv(name, os.environ.get(name, ""))
 
 
-def shown(path, student=demo.STUDENT, teacher="", grid=2, listed=None):
+def shown(path, student=looking.STUDENT, teacher="", grid=2, listed=None):
     """Return what the page shows; a part that is hidden is None."""
-    updates = demo.compare(path and str(path), student, teacher, grid, listed=listed)
+    updates = compare(path and str(path), student, teacher, grid, listed=listed)
     problem, _, *student_side, column, c, i, n, numbers = updates
     beside = dict(zip(PARTS, map(seen, (c, i, n)), strict=True)) if column["visible"] else None
     side = dict(zip(PARTS, map(seen, student_side), strict=True))
@@ -63,32 +65,32 @@ def seen(update):
 
 
 def test_a_student_is_shown_beside_its_teacher(files):
-    teacher = demo.teacher_of(demo.STUDENT)
+    teacher = looking.teacher_of(looking.STUDENT)
     page = shown(files / "tiger.jpg", teacher=teacher)
-    for name, side in ((demo.STUDENT, page["student"]), (teacher, page["teacher"])):
+    for name, side in ((looking.STUDENT, page["student"]), (teacher, page["teacher"])):
         predictor, image = Predictor(name), read_image(files / "tiger.jpg")
-        assert side["classes"] == dict(predictor.classify([image], demo.CLASSES)[0])
+        assert side["classes"] == dict(predictor.classify([image], looking.CLASSES)[0])
         assert np.array_equal(side["cells"], predictor.explain(image, 2))
     assert page["problem"] == ""
     student, beside = page["numbers"]
-    assert (student["model"], beside["model"]) == (demo.STUDENT, teacher)
+    assert (student["model"], beside["model"]) == (looking.STUDENT, teacher)
     assert student["parameters"] == sum(
-        p.numel() for p in Predictor(demo.STUDENT).model.parameters()
+        p.numel() for p in Predictor(looking.STUDENT).model.parameters()
     )
     assert student["milliseconds"] > 0
     assert shown(files / "tiger.jpg")["teacher"] is None
 
 
 def test_the_page_begins_with_weights_that_ship():
-    names = demo.zoo_models()
+    names = looking.zoo_models()
     assert sorted(names) == sorted(timm.list_models("gld_*", pretrained=True))
-    assert demo.STUDENT in names
-    assert demo.teacher_of(demo.STUDENT) in names
-    assert demo.teacher_of("resnet18") is demo.teacher_of("gld_wrn16_1.ce_cifar100") is None
+    assert looking.STUDENT in names
+    assert looking.teacher_of(looking.STUDENT) in names
+    assert looking.teacher_of("resnet18") is looking.teacher_of("gld_wrn16_1.ce_cifar100") is None
 
 
 def test_examples_are_bundled_images_and_small():
-    paths = sorted(demo.EXAMPLES.glob("*.png"))
+    paths = sorted(looking.EXAMPLES.glob("*.png"))
     assert len(paths) == 6
     assert sum(path.stat().st_size for path in paths) < 60_000
     test = load_dataset(str(BUNDLED), split="test")
@@ -109,18 +111,18 @@ def test_examples_are_bundled_images_and_small():
     ],
 )
 def test_what_is_no_picture_is_told(files, name, message):
-    page = shown(name and files / name, teacher=demo.STUDENT)
+    page = shown(name and files / name, teacher=looking.STUDENT)
     assert message in page["problem"]
     assert page["student"] == page["teacher"] == dict(classes=None, cells=None, note=None)
 
 
 def test_what_a_model_cannot_is_told_and_the_other_is_shown(files, tmp_path):
-    page = shown(files / "tiger.jpg", "nonsense", demo.STUDENT)
+    page = shown(files / "tiger.jpg", "nonsense", looking.STUDENT)
     assert "'nonsense' cannot be created: Unknown model" in page["student"]["note"]
     assert "Choose one from the list" in page["student"]["note"]
     assert page["teacher"]["cells"].width == 2 * SIDE
     fine = shown(files / "tiger.jpg", "gld_resnet18.r34_cifar100", grid=3)["student"]
-    assert len(fine["classes"]) == demo.CLASSES
+    assert len(fine["classes"]) == looking.CLASSES
     assert fine["cells"] is None
     assert "grid=3 needs a feature map of at least 3x3, got 2x2" in fine["note"]
     options = dict(img_size=64, depth=2, num_classes=3)
@@ -135,7 +137,7 @@ def test_strangers_get_listed_models_alone(files, tmp_path):
     save_pretrained(timm.create_model("gld_wrn16_1", num_classes=3), tmp_path)
     folder = f"local-dir:{tmp_path}"
     for name in (folder, str(tmp_path), "hf-hub:timm/resnet18", "resnet18"):
-        page = shown(files / "tiger.jpg", name, name, listed=demo.zoo_models())
+        page = shown(files / "tiger.jpg", name, name, listed=looking.zoo_models())
         for side in (page["student"], page["teacher"]):
             assert side["classes"] is side["cells"] is None
             assert side["note"] == f"{name!r} is not offered here; choose from the list."
@@ -159,24 +161,24 @@ def taught(tmp_path):
 
     def by(**teacher):
         (tmp_path / "run" / "recipe.yaml").write_text(yaml.safe_dump(teacher))
-        demo.load.cache_clear()
+        looking.load.cache_clear()
         return str(tmp_path / "run")
 
     return by
 
 
 def test_a_run_stands_beside_its_teacher(taught, files):
-    assert demo.teacher_of(taught(teacher="gld_wrn16_2")) == "gld_wrn16_2"
-    assert demo.first_pair([taught(teacher="x", teacher_head="own")], None)[1] == "x"
-    assert demo.first_pair([taught(teacher="x")], "y")[1] == "y"
-    assert demo.teacher_of(taught(teacher=None)) is None
+    assert looking.teacher_of(taught(teacher="gld_wrn16_2")) == "gld_wrn16_2"
+    assert looking.first_pair([taught(teacher="x", teacher_head="own")], None)[1] == "x"
+    assert looking.first_pair([taught(teacher="x")], "y")[1] == "y"
+    assert looking.teacher_of(taught(teacher=None)) is None
     note = shown(files / "tiger.jpg", taught(teacher=None))["student"]["note"]
     assert note.endswith("; knows 3 classes: ant, bee eater, cat")
 
 
 def test_a_teacher_whose_head_was_fitted_is_named_and_not_shown(taught, files):
     run = taught(teacher="resnet18", teacher_head="fit")
-    assert demo.teacher_of(run) is None
+    assert looking.teacher_of(run) is None
     note = shown(files / "tiger.jpg", run)["student"]["note"]
     assert "It was taught by resnet18 with a head fitted to these classes" in note
 
@@ -186,23 +188,23 @@ def test_examples_are_of_ones_own(files, tmp_path):
     for number in range(20):
         (own / f"class{number // 5}").mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (9, 9)).save(own / f"class{number // 5}" / f"{number:02}.png")
-    found = demo.find_examples([str(own)])
-    assert len(found) == demo.SHOWN
+    found = looking.find_examples([str(own)])
+    assert len(found) == looking.SHOWN
     assert {os.path.basename(os.path.dirname(each)) for each in found} == set(os.listdir(own))
-    assert demo.find_examples([str(files / "tiger.jpg")]) == [str(files / "tiger.jpg")]
+    assert looking.find_examples([str(files / "tiger.jpg")]) == [str(files / "tiger.jpg")]
     for patterns, message in (([str(files)], "cannot be read"), ([str(tmp_path / "x")], "x")):
         with pytest.raises(CommandError, match=message):
-            demo.find_examples(patterns)
+            looking.find_examples(patterns)
 
 
 def test_a_model_is_loaded_once():
-    assert demo.load(demo.STUDENT) is demo.load(demo.STUDENT)
+    assert looking.load(looking.STUDENT) is looking.load(looking.STUDENT)
 
 
 def test_the_space_is_the_page_for_strangers():
     space = runpy.run_path(str(CHECKOUT / "demo" / "app.py"), run_name="app")
     (asked,) = (each.fn for each in space["demo"].fns.values() if each.api_name == "compare")
-    assert sorted(asked.keywords["listed"]) == sorted(demo.zoo_models())
+    assert sorted(asked.keywords["listed"]) == sorted(looking.zoo_models())
     card = (CHECKOUT / "demo" / "README.md").read_text()
     for line in ("sdk: gradio", "app_file: app.py", "license: apache-2.0"):
         assert f"\n{line}\n" in card
