@@ -60,6 +60,7 @@ def model_card(
         repo_id=repo_id,
         architecture=model.pretrained_cfg["architecture"],
         parameters=sum(weight.numel() for weight in model.parameters()),
+        register=", gld_zoo  # gld_zoo registers the architecture" * _is_own(model),
         origin=_origin(row),
         classes=_classes(label_names or model.pretrained_cfg.get("label_names") or ()),
         results=_results(row),
@@ -69,6 +70,10 @@ def model_card(
         licence=(row and row.license) or "none is stated",
     )
     return ModelCard(f"---\n{_metadata(row, repo_id).to_yaml()}\n---\n\n{filled}")
+
+
+def _is_own(model: Any) -> bool:
+    return bool(model.pretrained_cfg["architecture"].startswith("gld_"))
 
 
 def _is_cifar100(row: Row) -> bool:

@@ -157,6 +157,22 @@ def test_a_card_names_what_the_model_began_with_and_its_teacher():
     assert hub.model_card(model, entry(teacher="resnet18"), "org/name").data.base_model is None
 
 
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("gld_resnet20", "import timm, gld_zoo  # gld_zoo registers the architecture"),
+        ("resnet10t", "import timm"),
+    ],
+)
+def test_a_card_imports_what_registers_the_architecture(name, line):
+    names = ["ant", *(f"class{number}" for number in range(24))]
+    model = timm.create_model(name, num_classes=25)
+    card = hub.model_card(model, None, "org/name", names)
+    assert f"```python\n{line}\n\n" in card.text
+    assert "It knows 25 classes: ant, class0, " in card.text
+    assert "class18 and 5 others." in card.text
+
+
 def test_a_card_tells_on_which_split_it_was_measured():
     model = timm.create_model("gld_resnet20")
     card = hub.model_card(model, entry(test_split="validation"), "org/name")

@@ -18,7 +18,8 @@ pytest.importorskip("ipykernel", reason='pip install -e ".[dev]" brings ipykerne
 PATH = CHECKOUT / "docs" / "own_photos.ipynb"
 # what is offline and quick; `gld-zoo` is this environment's
 PARAMETERS = (
-    'FOLDER, TEACHER, STUDENT = None, "gld_wrn16_2", "gld_wrn16_1"\nIMAGE_SIZE, EPOCHS = 32, 2'
+    'FOLDER, TEACHER, STUDENT = None, "gld_wrn16_2", "gld_wrn16_1"\n'
+    'RUN, IMAGE_SIZE, EPOCHS = "my runs/photos", 32, 2'
 )
 
 

@@ -20,7 +20,7 @@ from gld_zoo.results import Results
 
 STUDENT = "gld_wrn16_1.wrn16_2_cifar100"
 EXAMPLES = Path(__file__).parent.parent / "data" / "examples"
-SHOWN = 8  # examples at most
+SHOWN = 12  # examples at most
 CLASSES = 3  # named for each picture
 KNOWN = 12  # classes of a model that are listed
 KEPT = 8  # models that stay loaded
@@ -83,7 +83,7 @@ def _origin_of(name: str) -> str:
         return ""
     return (
         f". It was taught by {teacher} with a head fitted to these classes; as {teacher} by itself "
-        "names others, it is not shown beside it"
+        "names others, it is not shown beside it; another run can be chosen there"
     )
 
 

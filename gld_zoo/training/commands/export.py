@@ -58,6 +58,8 @@ def cli(arguments: list[str], prog: str | None = None) -> None:
         )
         scores = ", ".join(f"{name} {score:.2f} %" for name, score in top1.items())
         print(f"{options.folder}: weights, configuration and card (README.md); top-1 {scores}")
+        if not options.license:
+            print("its card states no licence; --license NAME does, as the hub names them")
         if options.push:
             print(f"pushed: {push(Path(options.folder), options.push, private=options.private)}")
             print(

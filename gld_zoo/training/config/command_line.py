@@ -17,6 +17,8 @@ from gld_zoo.training.config.options import Options
 from gld_zoo.training.config.recipe_files import MODE, check_text
 
 Kind = TypeVar("Kind", bound=Options)
+# all options would be fifty lines above each mistake
+USAGE = "%(prog)s [--config RECIPE] [--OPTION VALUE ...]"
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ def parse_command(
         prog: What `--help` calls the program; None takes its file's name.
     """
     parser = ArgumentParser(
-        prog=prog, description=description, parser_mode=MODE, allow_abbrev=False
+        prog=prog, usage=USAGE, description=description, parser_mode=MODE, allow_abbrev=False
     )
     add_config(parser)
     parser.add_argument(
@@ -63,7 +65,7 @@ def parse_recipe(
 ) -> Kind:
     """Read a recipe as `parse_command` does, for a command that makes no run."""
     parser = ArgumentParser(
-        prog=prog, description=description, parser_mode=MODE, allow_abbrev=False
+        prog=prog, usage=USAGE, description=description, parser_mode=MODE, allow_abbrev=False
     )
     add_config(parser)
     kind.add_to(parser)

@@ -14,6 +14,7 @@ from PIL import Image as PILImage
 from gld_zoo.images import to_rgb
 from gld_zoo.training.common.errors import DataError
 
+REMEDY = "; remove or replace it"  # of an image that cannot be read
 DEPTH_SAMPLE = 32  # images of a split whose depth is looked at
 Table = Any  # Dataset or IterableDataset, which share no base class
 
@@ -100,7 +101,7 @@ class ImageRows:
         except Exception as error:
             raise DataError(
                 f"{place}{file_of(item)} is not a readable image ({type(error).__name__}: "
-                f"{error}); remove or replace it"
+                f"{error}){REMEDY}"
             ) from error
 
 

@@ -15,7 +15,7 @@ from gld_zoo.training.common.errors import DataError
 from gld_zoo.training.data.columns import features_of, listed
 from gld_zoo.training.data.detection_rows import DetectionSource, as_lists
 from gld_zoo.training.data.opening import open_dataset
-from gld_zoo.training.data.rows import ImageRows
+from gld_zoo.training.data.rows import REMEDY, ImageRows
 from gld_zoo.training.data.segmentation_rows import IGNORE, SegmentationSource
 from gld_zoo.training.data.sources import open_source
 
@@ -42,6 +42,7 @@ def report_on(options: Any) -> tuple[dict[str, Any], dict[str, ImageRows]]:
         found, rows = _describe_masks(options)
     else:
         found, rows = _describe_classes(options)
+    hashes = _hash_all(rows) if options.duplicates else {}
     result = dict(
         dataset=options.dataset,
         splits={name: len(table) for name, table in splits.items()},
@@ -51,10 +52,11 @@ def report_on(options: Any) -> tuple[dict[str, Any], dict[str, ImageRows]]:
     notes = (part.note_of_depth() for part in rows.values())
     result["warnings"] += [note for note in notes if note]
     if options.duplicates:
-        count = _count_duplicates(*rows.values())
+        first, second = hashes
+        known = set(hashes[first])
+        count = sum(digest in known for digest in hashes[second])
         result["duplicates"] = count
         if count:
-            first, second = rows
             result["warnings"].append(
                 f"{count} images of {second} have the same pixels as one of {first}: scores are "
                 "too good by them"
@@ -169,13 +171,9 @@ def _look(rows: ImageRows) -> dict[str, Any]:
     sizes, modes, kinds = [], Counter[str](), Counter[str]()
     places = _sample(len(rows))
     for place in places:
-        try:
-            image = Image().decode_example(rows.table[place][rows.image_column])
-        except Exception as error:  # of Pillow, or of the file
-            raise DataError(
-                f"{rows.place(place)} is not a readable image ({type(error).__name__}: {error}); "
-                "remove or replace it"
-            ) from error
+        item = rows.table[place][rows.image_column]
+        rows.read(item, rows.place(place))  # whose error names the file
+        image = Image().decode_example(item)
         sizes.append(image.size)
         modes[image.mode] += 1
         kinds[f"{image.width}x{image.height}"] += 1
@@ -189,15 +187,30 @@ def _look(rows: ImageRows) -> dict[str, Any]:
     )
 
 
-def _count_duplicates(first: ImageRows, second: ImageRows) -> int:
-    """Return how many images of a split have the very pixels of one of another."""
-    known = set(_hashes(first))
-    return sum(digest in known for digest in _hashes(second))
+def _hash_all(rows: dict[str, ImageRows]) -> dict[str, list[bytes]]:
+    """Return a hash of the pixels of each image of each split.
+
+    Raises:
+        DataError: If some cannot be read; it names all of them.
+    """
+    hashes: dict[str, list[bytes]] = {}
+    broken: list[str] = []
+    for name, part in rows.items():
+        found = [*_hashes(part)]
+        hashes[name] = [each for each in found if isinstance(each, bytes)]
+        broken += [str(each).removesuffix(REMEDY) for each in found if isinstance(each, DataError)]
+    if broken:
+        told = "\n".join(f"  {each}" for each in broken)
+        raise DataError(f"{len(broken)} of the images cannot be read; remove or replace:\n{told}")
+    return hashes
 
 
-def _hashes(rows: ImageRows) -> Iterable[bytes]:
-    def digest(pair: tuple[int, Any]) -> bytes:
-        image = rows.read(pair[1], rows.place(pair[0]))
+def _hashes(rows: ImageRows) -> Iterable[bytes | DataError]:
+    def digest(pair: tuple[int, Any]) -> bytes | DataError:
+        try:
+            image = rows.read(pair[1], rows.place(pair[0]))
+        except DataError as error:
+            return error
         return hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest()
 
     with ThreadPoolExecutor() as pool:

@@ -17,7 +17,9 @@ def table(result: dict[str, Any]) -> str:
             count = min(WORST, -(-len(value) // 2))
             name, text = f"worst {count} classes", worst_classes(value, count)
         elif isinstance(value, bool):
-            text = "yes" if value else "no"
+            if not value:
+                continue
+            text = "yes"
         elif isinstance(value, list):
             text = "  ".join(f"{item:.2f}" for item in value) + " %"
         elif isinstance(value, float):

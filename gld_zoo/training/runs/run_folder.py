@@ -86,7 +86,7 @@ class RunFolder:
             raise RunError(f"{self.path} is not empty and holds no run; name another by --run")
         if not self.resume:
             state = "a finished run" if self.finished else "an unfinished run"
-            remedy = "name another by --run"
+            remedy = "begin another in a folder of its own by --run"
             if not self.finished:
                 remedy = f"go on with --resume or {remedy}"
             raise RunError(f"{self.path} holds {state}; {remedy}, or delete the folder")

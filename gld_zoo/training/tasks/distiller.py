@@ -215,8 +215,8 @@ class Distiller(Task):
             if (alone := labels_alone(self.recipe)) is not None:
                 gain = summary["top1"] - alone
                 lines.append(
-                    f"on the labels alone the same recipe gave {alone:.2f} % (on record; --teacher "
-                    f"null --run {run}-alone repeats it): distillation brought {gain:+.2f} points"
+                    f"on the labels alone the same recipe gave {alone:.2f} % (on record, one "
+                    f"seed): distillation brought {gain:+.2f} points"
                 )
         return [
             *lines,
@@ -234,18 +234,18 @@ class Distiller(Task):
             f"to see what it sees where: gld-zoo explain IMAGE --model {run} -o OUT.png, or in a "
             f"browser gld-zoo demo --model {run}{examples}"
         ]
+        if self.taught_by is not None and self.source.is_labelled:
+            steps += [
+                "to know what the teacher brought: gld-zoo distill --config "
+                f"{run}/recipe.yaml --teacher null --run {run}-alone, and then "
+                f"gld-zoo compare {run}-alone {run}"
+            ]
         if Path(self.source.name).name == BUNDLED:
             return [
                 *steps,
                 "to teach one on photographs of your own, a folder of them for each class: "
                 "gld-zoo distill --dataset FOLDER --teacher NAME --teacher_head fit --student NAME "
                 "(docs/own_photos.md)",
-            ]
-        if self.taught_by is not None and self.source.is_labelled:
-            steps += [
-                "to know what the teacher brought: gld-zoo distill --config "
-                f"{run}/recipe.yaml --teacher null --run {run}-alone, and then "
-                f"gld-zoo compare {run}-alone {run}"
             ]
         return [*steps, f"to publish it: gld-zoo export {run} FOLDER --push ORG/NAME"]
 

@@ -46,6 +46,21 @@ def test_a_folder_is_shown_as_a_run_would_read_it(tmp_path, capsys):
     assert "both splits hold" not in printed
 
 
+def test_all_images_that_cannot_be_read_are_named_at_once(tmp_path, capsys):
+    tidy(tmp_path)
+    broken = [tmp_path / "train" / "ant" / "x.png", tmp_path / "test" / "cat" / "y.png"]
+    for path in broken:
+        path.write_bytes(b"none")
+    with pytest.raises(SystemExit) as stop:
+        show(capsys, tmp_path)
+    message = str(stop.value.code)
+    assert message.startswith("error: 2 of the images cannot be read; remove or replace:\n")
+    assert all(f"(file {path})" in message for path in broken)
+    with pytest.raises(SystemExit, match=r"y\.png\) is not a readable image"):
+        broken[0].unlink()
+        show(capsys, tmp_path, "--duplicates", "false")
+
+
 def test_gld_zoo_data_is_the_same_command(tmp_path, capsys):
     tidy(tmp_path)
     main(["data", str(tmp_path), "--json"])

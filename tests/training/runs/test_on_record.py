@@ -33,7 +33,7 @@ def test_a_run_tells_what_distillation_brought(student_run, distill, monkeypatch
     monkeypatch.setattr("gld_zoo.training.tasks.distiller.labels_alone", lambda recipe: 12.5)
     printed = distill("--config", recipe, "--run", Path(tmp_path / "known"))
     top1 = float(printed.rpartition("student ")[0].rpartition("brought ")[2].split(" points")[0])
-    assert "on the labels alone the same recipe gave 12.50 % (on record; --teacher null" in printed
+    assert "on the labels alone the same recipe gave 12.50 % (on record, one seed)" in printed
     assert f"{12.5 + top1:.2f} % after" in printed
 
 
