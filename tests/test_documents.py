@@ -68,6 +68,17 @@ def test_the_first_pages_are_short():
     assert len((CHECKOUT / "MODEL_CARD.md").read_text().splitlines()) <= 80
 
 
+def test_the_test_command_stands_where_continuous_integration_reads_it():
+    lines = (CHECKOUT / "README.md").read_text().splitlines()
+    after = lines[lines.index("Run the tests:") :]
+    assert after[1:5] == [
+        "",
+        "```bash",
+        'pip install -e ".[dev]" && pytest -n 2 --dist loadfile',
+        "```",
+    ]
+
+
 @pytest.mark.parametrize("block", list(blocks("python")))
 def test_code_runs(block):
     exec(block, {})
