@@ -22,9 +22,8 @@ from gld_zoo.training.common.errors import TrainingError
 from gld_zoo.training.publish.hub_folder import Contents, push, write_hub_folder
 
 
-@printing(failed=end)
-def cli(arguments: list[str], prog: str | None = None) -> None:
-    """Run the command line; a mistake ends the program with one line that names it."""
+def build_parser(prog: str | None) -> ArgumentParser:
+    """Return the parser of the command line."""
     parser = ArgumentParser(prog=prog, description=__doc__.splitlines()[0])
     parser.add_argument("run", type=str, help="finished run folder")
     parser.add_argument("folder", type=str, help="folder to write")
@@ -38,7 +37,13 @@ def cli(arguments: list[str], prog: str | None = None) -> None:
     parser.add_argument("--license", type=str | None, help="of the weights, as the hub names it")
     parser.add_argument("--push", type=str | None, metavar="ORG/NAME", help="to the hub")
     parser.add_argument("--private", type=bool | None, help="whether a new repository is")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+@printing(failed=end)
+def cli(arguments: list[str], prog: str | None = None) -> None:
+    """Run the command line; a mistake ends the program with one line that names it."""
+    options = build_parser(prog).parse_args(arguments)
     try:
         if options.push:
             validate_repo_id(options.push)
