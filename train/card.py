@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,30 +23,39 @@ ROLES = ("teacher", "alone", "gld")
 
 def setups_table(results: Results) -> list[str]:
     """Return one line a setup: ours at the last epoch, the paper's in brackets."""
-    lines = [
-        "| setup | teacher → student | epochs each (paper) | teacher | student alone | GLD |",
-        "|---|---|---|---|---|---|",
+    titles = [
+        "setup",
+        "teacher → student",
+        "epochs each (paper)",
+        "teacher",
+        "student alone",
+        "GLD",
     ]
+    lines = []
     for setup, row, ours in setups_of(results, the_papers=True):
         scores = [
             f"{mean_of(each)} ({paper_score(row[role])})"
             for role, each in zip(ROLES, ours, strict=True)
         ]
         epochs = f"{all_epochs(ours, results)} ({row['paper_epochs']})"
-        lines.append(f"| {' | '.join([setup, pair_of(row), epochs, *scores])} |")
-    return lines
+        lines.append([setup, pair_of(row), epochs, *scores])
+    return table(titles, lines)
 
 
 def own_table(results: Results) -> list[str]:
     """Return one line a setup that is no row of the paper, at the last epoch."""
+    titles = ["teacher → student", "images", "epochs each", "teacher", "student alone", "GLD"]
     lines = [
-        "| teacher → student | images | epochs each | teacher | student alone | GLD |",
-        "|---|---|---|---|---|---|",
+        [pair_of(row), row["dataset"], all_epochs(ours, results), *map(mean_of, ours)]
+        for _, row, ours in setups_of(results, the_papers=False)
     ]
-    for _, row, ours in setups_of(results, the_papers=False):
-        cells = [pair_of(row), row["dataset"], all_epochs(ours, results), *map(mean_of, ours)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+    return table(titles, lines)
+
+
+def table(titles: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
+    """Return a table as lines of Markdown."""
+    rule = "|---" * len(titles) + "|"
+    return [f"| {' | '.join(titles)} |", rule, *(f"| {' | '.join(cells)} |" for cells in lines)]
 
 
 def setups_of(
@@ -73,7 +82,7 @@ def weights_table(results: Results) -> list[str]:
     """Return one line a row of runs: what it is, how it was trained, last and best epoch."""
     titles = ["weights", "parameters", "top-1", "top-5", "recipe, changes", "seeds", "on"]
     titles += ["hours", "best epoch"]
-    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    lines = []
     for name, row in results.rows.items():
         cells = [
             f"`{name}`" if row.file else f"(`{name}`)",
@@ -86,21 +95,19 @@ def weights_table(results: Results) -> list[str]:
             f"{sum(run.hours or 0 for run in row.runs):.1f}",
             "; ".join(f"{run.best_epoch_top1:.2f} at {run.best_epoch}" for run in row.runs),
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        lines.append(cells)
+    return table(titles, lines)
 
 
 def shipped_table(results: Results) -> list[str]:
     """Return one line a set of weights that ships: what it is and what it scores."""
-    lines = [
-        "| weights | taught by | parameters | epochs | top-1 | top-5 |",
-        "|---|---|---|---|---|---|",
-    ]
+    titles = ["weights", "taught by", "parameters", "epochs", "top-1", "top-5"]
+    lines = []
     for name, row in results.weights.items():
         teacher = f"`{row.teacher.name}`" if row.teacher else "labels alone"
         cells = [f"`{name}`", teacher, f"{row.parameters:,}", epochs_of(row, results.rows)]
-        lines.append(f"| {' | '.join([*cells, row.mean(), row.mean('top5')])} |")
-    return lines
+        lines.append([*cells, row.mean(), row.mean("top5")])
+    return table(titles, lines)
 
 
 def commands(results: Results) -> list[str]:

@@ -13,6 +13,7 @@ import torch
 import torch.nn as nn
 from safetensors.torch import save
 from timm.data import resolve_model_data_config
+from timm.models import get_pretrained_cfg
 
 from gld_zoo.distillation.heads import classifiers
 from gld_zoo.hub import create_model
@@ -195,3 +196,9 @@ class GlobalOnly(nn.Module):
             if isinstance(features, (list, tuple)):  # of several branches
                 return model.forward_head([part.to(dtype) for part in features])
             return model.forward_head(features.to(dtype))
+
+
+def tagged(name: str) -> str:
+    """Return a timm name with the tag of its weights, which timm takes where none is given."""
+    cfg = None if ":" in name or "." in name else get_pretrained_cfg(name, allow_unregistered=True)
+    return f"{name}.{cfg.tag}" if cfg and cfg.tag else name

@@ -20,8 +20,6 @@ from gld_zoo.training.data.segmentation_rows import IGNORE, SegmentationSource
 from gld_zoo.training.data.sources import open_source
 
 SAMPLE = 200  # images of each split whose sizes and modes are looked at
-RARE = 10  # classes that the table shows
-SHEET = 40  # images of the contact sheet
 CHUNK = 256  # encoded images in memory at a time
 
 

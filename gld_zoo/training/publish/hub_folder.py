@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 from timm.data import resolve_model_data_config
-from timm.models import get_pretrained_cfg
 
 from gld_zoo.hub import model_card, push_folder, save_pretrained
 from gld_zoo.model_card import OWN_RECIPE
-from gld_zoo.training.build.create import create_frozen
+from gld_zoo.training.build.create import create_frozen, tagged
 from gld_zoo.training.common.disk import replace_folder, sha256, writing
 from gld_zoo.training.common.errors import RunError
 from gld_zoo.training.config.recipe import Recipe
@@ -160,7 +159,7 @@ def _describe(
     return dict(
         finished.description(),
         teacher=finished.teacher(),
-        finetuned_from=_tagged(recipe.student) if recipe.finetune else None,
+        finetuned_from=tagged(recipe.student) if recipe.finetune else None,
         recipe=OWN_RECIPE,
         changes={},
         test_split=finished.summary.get("test_split", "test"),  # older runs do not tell
@@ -170,12 +169,6 @@ def _describe(
         license=contents.license,
         files=[_describe_file(path, top1) for path in sorted(folder.glob("*.onnx"))],
     )
-
-
-def _tagged(name: str) -> str:
-    """Return a timm name with the tag of its weights, which timm takes where none is given."""
-    cfg = None if ":" in name or "." in name else get_pretrained_cfg(name, allow_unregistered=True)
-    return f"{name}.{cfg.tag}" if cfg and cfg.tag else name
 
 
 def _open_source(finished: FinishedRun, dataset: str | None) -> ImageSource:

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn as nn
-from timm.models import get_pretrained_cfg
 
+from gld_zoo.training.build.create import tagged
 from gld_zoo.training.build.sync_batch_norm import synchronise_batch_norm
 from gld_zoo.training.common.errors import ModelError
 from gld_zoo.training.config.options import Options, option
@@ -113,12 +113,9 @@ class TransferTask(Task):
 
     def describe_origin(self) -> str:
         """Return which weights it starts from."""
-        name = self.recipe.backbone
         if not self.recipe.pretrained:
             return "random weights"
-        if ":" not in name and "." not in name:
-            name = f"{name}.{get_pretrained_cfg(name).tag}"
-        return f"weights of {name}"
+        return f"weights of {tagged(self.recipe.backbone)}"
 
     def how_to_use(self, run: Path) -> str:
         """Return how to see the finished model at work."""
