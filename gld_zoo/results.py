@@ -10,6 +10,19 @@ from pathlib import Path
 from typing import Any
 
 PATH = Path(__file__).parent / "results.json"
+ROLES = ("teacher", "alone", "gld")
+# held against each other in one setup, where NAME's row has the role method_NAME
+METHODS = dict(
+    alone="labels alone",
+    kd="knowledge distillation (Hinton et al.)",
+    lskd="logit standardisation (Sun et al.)",
+    sdd="scale-decoupled distillation (Wei et al.)",
+    relation="GLD's relation alone",
+    **{"global": "GLD's global term alone"},
+    local="GLD's local term alone",
+    gld="GLD",
+    helped="GLD with what helped",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +130,10 @@ class Row:
         values = [getattr(run, score) for run in self.runs]
         spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
         return f"{statistics.mean(values):.2f}{spread}"
+
+    def mean_top1(self) -> float:
+        """Return the mean top-1 over the seeds, in %."""
+        return statistics.mean(run.top1 for run in self.runs)
 
     def told_changes(self) -> str:
         """Return the options that were set otherwise than in the recipe, or 'none'."""

@@ -118,6 +118,7 @@ def hundred_classes(tmp_path):
             "--student gld_wrn16_1 --rounds 1 --threads 1 --dataset DATASET",
             "store / alone",
         ),
+        ("methods", "--rounds 1 --threads 1", "times of alone"),
         ("step", "--setup b --batch 4 --rounds 1 --no_memory --threads 1", "ours"),
     ],
 )

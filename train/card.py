@@ -14,11 +14,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from gld_zoo.results import Results, Row
+from gld_zoo.results import METHODS, ROLES, Results, Row
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-DOCUMENTS = [CHECKOUT / name for name in ("README.md", "MODEL_CARD.md", "docs/reproduce.md")]
-ROLES = ("teacher", "alone", "gld")
+DOCUMENTS = [
+    CHECKOUT / name
+    for name in ("README.md", "MODEL_CARD.md", "docs/method.md", "docs/reproduce.md")
+]
+STEPS = CHECKOUT / "benchmarks" / "results" / "methods.json"  # what a step costs
 
 
 def setups_table(results: Results) -> list[str]:
@@ -49,6 +52,21 @@ def own_table(results: Results) -> list[str]:
         [pair_of(row), row["dataset"], all_epochs(ours, results), *map(mean_of, ours)]
         for _, row, ours in setups_of(results, the_papers=False)
     ]
+    return table(titles, lines)
+
+
+def methods_table(results: Results) -> list[str]:
+    """Return one line a method of each setup in which several were trained alike, with its cost."""
+    titles = ["setup", "method", "recipe, changes", "epochs", "top-1", "above labels", "a step"]
+    costs = json.loads(STEPS.read_text(encoding="utf-8"))["times of alone"]
+    lines = []
+    for setup, roles in results.setups.items():
+        names = {each: roles.get(f"method_{each}", {}).get("weights") for each in METHODS}
+        rows = {each: results.rows[name] for each, name in names.items() if name}
+        for each, row in rows.items():
+            gain = row.mean_top1() - rows["alone"].mean_top1()
+            cells = [setup, METHODS[each], f"{row.recipe}, {row.told_changes()}", str(row.epochs)]
+            lines.append([*cells, row.mean(), f"{gain:+.2f}", f"{costs[each]:.2f}"])
     return table(titles, lines)
 
 
@@ -184,6 +202,7 @@ def mean_of(row: Row | None) -> str:
 BLOCKS: dict[str, Callable[[Results], list[str]]] = {
     "setups": setups_table,
     "own": own_table,
+    "methods": methods_table,
     "weights": weights_table,
     "shipped": shipped_table,
     "commands": commands,

@@ -38,7 +38,7 @@ from matplotlib import pyplot as plt
 
 BUNDLED = "gld_zoo/data/cifar100_mini"
 CPU = torch.device("cpu")
-COMPONENTS = ("alone", "global", "local", "relation", "all")
+COMPONENTS = ("alone", "global", "local", "relation", "gld")
 PUBLIC = Path(__file__).parent.parent / "figures" / "public_zoos.json"
 MARKERS = "sDv^"  # of the public zoos, in their file's order
 
@@ -145,13 +145,13 @@ def components(out: Path) -> None:
     """
     results = Results.load()
     rows = {
-        setup: [results.rows[row[f"ablation_{part}"]["weights"]] for part in COMPONENTS]
+        setup: [results.rows[row[f"method_{part}"]["weights"]] for part in COMPONENTS]
         for setup, row in results.setups.items()
-        if all(f"ablation_{part}" in row for part in COMPONENTS)
+        if all(f"method_{part}" in row for part in COMPONENTS)
     }
     if not rows:
         sys.exit(
-            f"error: no setup in {PATH} has all of ablation_{', ablation_'.join(COMPONENTS)}; "
+            f"error: no setup in {PATH} has all of method_{', method_'.join(COMPONENTS)}; "
             "record their runs by train/release.py"
         )
     figure, axes = plt.subplots(
@@ -192,10 +192,7 @@ def zoo(out: Path, public: Path = PUBLIC) -> None:
         ("gld_zoo, distilled", "tab:red", True),
     ):
         best = _best_weights(distilled)
-        places = [
-            (row.parameters / 1e6, statistics.mean(run.top1 for run in row.runs))
-            for row in best.values()
-        ]
+        places = [(row.parameters / 1e6, row.mean_top1()) for row in best.values()]
         lengths = sorted(_epochs_in_all(row) for row in best.values())
         label += f", {lengths[0]} to {lengths[-1]} epochs" if lengths else ""
         ax.scatter(*zip(*places, strict=True), s=30, color=colour, label=label, zorder=3)

@@ -26,7 +26,7 @@ from timm.data import resolve_model_data_config
 
 from gld_zoo import recipes, results
 from gld_zoo.hub import save_pretrained
-from gld_zoo.results import Results, Row
+from gld_zoo.results import METHODS, ROLES, Results, Row
 from gld_zoo.training.build.create import create_frozen, resolve_data_config
 from gld_zoo.training.common.disk import sha256
 from gld_zoo.training.config.recipe import Recipe
@@ -38,8 +38,7 @@ from gld_zoo.training.runs.finished_run import FinishedRun
 
 PACKAGE = results.PATH.parent
 LARGEST = 25_000_000  # bytes of a file that travels with the package
-COMPONENTS = ("global", "local", "relation")
-ROLES = ("teacher", "alone", "gld", *(f"ablation_{name}" for name in ("alone", *COMPONENTS, "all")))
+PLACES = (*ROLES, *(f"method_{name}" for name in METHODS))  # of a row in a setup
 NOT_COMPARED = {"dataset", "teacher", "seed", "compile"}  # told elsewhere, or no change of result
 
 
@@ -288,7 +287,7 @@ def main() -> None:
         "--test_set", type=str, required=True, help="dataset to measure the file on"
     )
     parser.add_argument("--setup", type=str | None, help="row of the table of setups; null: none")
-    parser.add_argument("--role", type=Literal[ROLES] | None, help="column of that row")
+    parser.add_argument("--role", type=Literal[PLACES] | None, help="column of that row")
     parser.add_argument("--ship", action="store_true", help="take the weights into the package")
     parser.add_argument(
         "--float16", action="store_true", help="ship tensors of two or more dimensions in float16"

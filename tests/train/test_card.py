@@ -15,6 +15,7 @@ from card import (
     epochs_of,
     fill,
     mean_of,
+    methods_table,
     own_table,
     setups_table,
 )
@@ -126,6 +127,23 @@ def test_setups_of_our_own_have_a_table_of_their_own():
     assert own_table(results)[2:] == [f"| m → m | birds | 7, 7, - | {score} | {score} | - |"]
     paper = f"| b | m → m | 7, 7, - (200) | {score} (-) | {score} (-) | - (-) |"
     assert setups_table(results)[2:] == [paper]
+
+
+def test_methods_stand_beside_the_labels_alone_with_what_a_step_costs(monkeypatch, tmp_path):
+    (run,) = row().to_dict()["runs"]
+    runs = {
+        name: row(epochs=5, changes={}, runs=[dict(run, top1=top1)])
+        for name, top1 in (("m.gld", 62.5), ("m.alone", 60.0))
+    }
+    roles = {f"method_{each}": dict(weights=f"m.{each}") for each in ("gld", "alone")}
+    costs = tmp_path / "methods.json"
+    costs.write_text(json.dumps({"times of alone": dict(alone=1.0, gld=1.834)}))
+    monkeypatch.setattr("card.STEPS", costs)
+    alone, gld = methods_table(Results(dict(b=roles, c={}), {}, runs))[2:]
+    assert alone.startswith("| b | labels alone | ")
+    assert alone.endswith(" | 5 | 60.00 | +0.00 | 1.00 |")
+    assert gld.startswith("| b | GLD | ")
+    assert gld.endswith(" | 5 | 62.50 | +2.50 | 1.83 |")
 
 
 def test_a_row_that_goes_on_from_another_shows_the_epochs_of_both():

@@ -72,8 +72,7 @@ def results(parts):
         for i, part in enumerate(parts)
     }
     setup = {
-        f"ablation_{part}": dict(model="gld_wrn16_1", weights=f"gld_wrn16_1.{part}")
-        for part in parts
+        f"method_{part}": dict(model="gld_wrn16_1", weights=f"gld_wrn16_1.{part}") for part in parts
     }
     setup.update(teacher=dict(model="gld_wrn16_2"), gld=dict(model="gld_wrn16_1"))
     return dict(weights={}, runs=runs, setups=dict(b=setup))
@@ -81,7 +80,7 @@ def results(parts):
 
 def test_components_are_bars_of_the_mean_over_seeds(tmp_path, monkeypatch):
     file = tmp_path / "results.json"
-    parts = ("alone", "global", "local", "relation", "all")
+    parts = ("alone", "global", "local", "relation", "gld")
     file.write_text(json.dumps(results(parts)))
     monkeypatch.setattr("gld_zoo.results.PATH", file)
     heights = []
