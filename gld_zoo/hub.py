@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
 import os
 import tempfile
@@ -153,7 +154,19 @@ def create_model(name: str, **kwargs: Any) -> Any:
                 " Without one, name a model's folder instead; HF_HUB_OFFLINE=1 asks for what is "
                 "there already, and does not wait"
             )
-        raise ValueError(reason) from error
+        raise ValueError(f"{reason}{_near(name)}") from error
+
+
+def _near(name: str) -> str:
+    """Return what to say of the names there are, where timm does not know a model or its tag."""
+    if ":" in name:
+        return ""
+    model, _, tag = name.partition(".")
+    if not timm.is_model(model):
+        near = difflib.get_close_matches(model, timm.list_models(), n=3)
+        return f"; near it are {', '.join(near)}" if near else ""
+    names = timm.list_pretrained(f"{model}.*")
+    return f"; there are {', '.join(names)}" if tag and names and name not in names else ""
 
 
 def resolve_name(name: str) -> str:

@@ -104,8 +104,10 @@ def test_a_backbone_of_other_weights_is_refused(tmp_path):
 
 
 def test_names_that_are_not_there_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="Unknown model"):
+    with pytest.raises(ValueError, match=r"Unknown model .*; near it are .*gld_resnet20"):
         create_model("gld_resnet21")
+    with pytest.raises(ValueError, match=r"tag \(none\).*; there are .*gld_wrn16_1\.ce_cifar100"):
+        create_model("gld_wrn16_1.none", pretrained=True)
     with pytest.raises(ValueError, match="cannot find the requested files in the local cache"):
         create_model("hf-hub:someone/none", pretrained=True)  # the tests are offline
 
