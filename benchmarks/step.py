@@ -34,8 +34,8 @@ from accelerate import Accelerator
 from measuring import interleave, peak_memory, ratio
 from torch import nn
 
+from gld_zoo.distillation.teacher import Teacher
 from gld_zoo.hub import save_pretrained
-from gld_zoo.training.build.teacher import Teacher
 from gld_zoo.training.config.recipe import Recipe
 from gld_zoo.training.engine.interruption import CHECK_EVERY, Interruption
 from gld_zoo.training.engine.totals import Totals

@@ -71,10 +71,10 @@ def predict(options: argparse.Namespace) -> int:
         CommandError: If none was found, or the model cannot be had.
     """
     from gld_zoo.images import read_images
-    from gld_zoo.predictor import Predictor
+    from gld_zoo.predictor import create_predictor
 
     failed: list[Path] = []
-    predictor, count = Predictor(options.model), 0
+    predictor, count = create_predictor(options.model), 0
     images_found = read_images(options.images, failed)
     while group := list(islice(images_found, BATCH)):
         paths, images = zip(*group, strict=True)
@@ -98,13 +98,13 @@ def explain_image(options: argparse.Namespace) -> int:
             drawing cannot be written.
     """
     from gld_zoo.images import read_image
-    from gld_zoo.predictor import Predictor
+    from gld_zoo.predictor import create_predictor
 
     try:
         image = read_image(Path(options.image))
     except Exception as error:
         raise CommandError(f"{options.image}: {error}") from error
-    drawing = Predictor(options.model).explain(image, options.grid)
+    drawing = create_predictor(options.model).explain(image, options.grid)
     try:
         drawing.save(options.output)
     except (OSError, ValueError) as error:

@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from timm.data import create_transform, resolve_model_data_config
 
 from gld_zoo.distillation.heads import global_local_logits
-from gld_zoo.distillation.maps import feature_map
+from gld_zoo.distillation.maps import feature_map, global_local_features
+from gld_zoo.distillation.teacher import HEAD_FILE, LinearHead, Teacher, take_size
 from gld_zoo.explain import explain, seen_part
 from gld_zoo.hub import create_model
 from gld_zoo.output import CommandError
+
+
+def create_predictor(name: str) -> Predictor:
+    """Return a model by its name, or a run's teacher by the name of the head fitted to it.
+
+    Raises:
+        CommandError: If it cannot be had.
+    """
+    return TeacherOfRun(name) if Path(name).name == HEAD_FILE else Predictor(name)
 
 
 class Predictor:
@@ -41,11 +55,27 @@ class Predictor:
         self.transform = create_transform(**self.config)
         self.names = class_names(self.model)
 
+    def prepare(self, batch: torch.Tensor) -> torch.Tensor:
+        """Return transformed images `[B, 3, H, W]` as the model takes them."""
+        return batch
+
+    def logits(self, batch: torch.Tensor) -> torch.Tensor:
+        """Return the logits `[B, K]` of transformed images."""
+        return self.model(batch)
+
+    def rows(self, batch: torch.Tensor, grid: int) -> torch.Tensor:
+        """Return the logits `[B, 1+L, K]` of transformed images and of their cells.
+
+        Raises:
+            ValueError: If the model has no local logits.
+        """
+        return global_local_logits(self.model, batch, grid)
+
     @torch.no_grad()
     def classify(self, images: Sequence[Image.Image], top: int) -> list[list[tuple[str, float]]]:
         """Return, for each image, the `top` most probable classes and their probabilities."""
         batch = torch.stack([self.transform(image) for image in images])
-        best = self.model(batch).softmax(1).topk(min(top, len(self.names)))
+        best = self.logits(batch).softmax(1).topk(min(top, len(self.names)))
         return [
             [(self.names[i], p) for i, p in zip(indices, values, strict=True)]
             for indices, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
@@ -60,16 +90,62 @@ class Predictor:
         """
         batch = self.transform(image)[None]
         try:
-            rows = global_local_logits(self.model, batch, grid)[0].softmax(1)
+            rows = self.rows(batch, grid)[0].softmax(1)
         except ValueError as error:
             raise CommandError(str(error)) from error
-        activation = feature_map(self.model, batch).values[0].amax(0)
+        activation = feature_map(self.model, self.prepare(batch)).values[0].amax(0)
         best = rows.max(1)
         labels = [
             f"{self.names[i]} {p:.0%}"
             for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)
         ]
         return explain(seen_part(image, self.config), labels, activation)
+
+
+class TeacherOfRun(Predictor):
+    """A run's teacher with the head that was fitted to it, which sees what its student sees.
+
+    Args:
+        name: The file of that head, `RUN/teacher_head.safetensors`.
+
+    Raises:
+        CommandError: If the run, its teacher or the head cannot be read.
+    """
+
+    def __init__(self, name: str) -> None:
+        run = Path(name).parent
+        super().__init__(str(run))  # the student, whose images and classes they are
+        try:
+            recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
+            head = LinearHead(**load_file(name))
+            model = create_model(recipe["teacher"], pretrained=True).eval()
+        except (OSError, SafetensorError, TypeError, ValueError, KeyError) as error:
+            raise CommandError(f"--model {name!r} cannot be created: {error}") from error
+        size = recipe["teacher_size"]
+        if size == "own":
+            size = resolve_model_data_config(model)["input_size"][-1]
+        take_size(model, size or self.config["input_size"][-1])
+        mean, std = self.config["mean"], self.config["std"]
+        self.teacher = Teacher(model, None, mean, std, size=size, head="fit")
+        self.teacher.set_head(head)
+        self.model = self.teacher.model
+
+    def prepare(self, batch: torch.Tensor) -> torch.Tensor:
+        """Return the student's images as the teacher takes them."""
+        return self.teacher.prepare(batch)
+
+    def logits(self, batch: torch.Tensor) -> torch.Tensor:
+        """Return the logits `[B, K]` of transformed images."""
+        return self.rows(batch, 1)[:, 0]
+
+    def rows(self, batch: torch.Tensor, grid: int) -> torch.Tensor:
+        """Return the logits `[B, 1+L, K]` of transformed images and of their cells.
+
+        Raises:
+            ValueError: If the teacher has no such map.
+        """
+        features = global_local_features(self.model, self.prepare(batch), grid)
+        return self.teacher.classify_rows(features)
 
 
 def class_names(model: Any) -> list[str]:

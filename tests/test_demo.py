@@ -11,9 +11,11 @@ import sys
 import numpy as np
 import pytest
 import timm
+import torch
 import yaml
 from datasets import load_dataset
 from PIL import Image
+from safetensors.torch import save_file
 
 from gld_zoo.explain import SIDE
 from gld_zoo.hub import save_pretrained
@@ -176,11 +178,26 @@ def test_a_run_stands_beside_its_teacher(taught, files):
     assert note.endswith("; knows 3 classes: ant, bee eater, cat")
 
 
-def test_a_teacher_whose_head_was_fitted_is_named_and_not_shown(taught, files):
-    run = taught(teacher="resnet18", teacher_head="fit")
+def test_a_teacher_stands_beside_a_run_with_the_head_that_was_fitted_to_it(taught, files):
+    run = taught(teacher="gld_wrn16_2.ce_cifar100", teacher_head="fit", teacher_size="own")
+    beside = looking.teacher_of(run)
+    assert beside == f"{run}/teacher_head.safetensors"
+    missing = shown(files / "tiger.jpg", run, beside)["teacher"]["note"]
+    assert "cannot be created: No such file" in missing
+    head = dict(mean=torch.zeros(128), std=torch.ones(128))
+    save_file(dict(head, weight=torch.zeros(3, 128), bias=torch.eye(3)[1] * 4), beside)
+    looking.load.cache_clear()
+    page = shown(files / "tiger.jpg", run, beside)["teacher"]
+    assert max(page["classes"], key=page["classes"].get) == "bee eater"
+    assert "It is gld_wrn16_2.ce_cifar100 with the head that this run fitted" in page["note"]
+    assert page["cells"].width == 2 * SIDE
+
+
+def test_a_teacher_of_relations_alone_is_named_and_not_shown(taught, files):
+    run = taught(teacher="resnet18", teacher_head="none")
     assert looking.teacher_of(run) is None
     note = shown(files / "tiger.jpg", run)["student"]["note"]
-    assert "It was taught by resnet18 with a head fitted to these classes" in note
+    assert "It was taught by the relations of resnet18's features, which name no classes" in note
 
 
 def test_examples_are_of_ones_own(files, tmp_path):

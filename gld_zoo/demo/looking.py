@@ -12,10 +12,11 @@ import torch
 import yaml
 from PIL import Image, UnidentifiedImageError
 
+from gld_zoo.distillation.teacher import HEAD_FILE
 from gld_zoo.hub import is_run
 from gld_zoo.images import find_images, read_image
 from gld_zoo.output import CommandError
-from gld_zoo.predictor import Predictor
+from gld_zoo.predictor import Predictor, create_predictor
 from gld_zoo.results import Results
 
 STUDENT = "gld_wrn16_1.wrn16_2_cifar100"
@@ -62,11 +63,13 @@ def zoo_models() -> list[str]:
 def teacher_of(student: str) -> str | None:
     """Return the teacher of a model of the zoo, if its weights ship, or of a run.
 
-    None too where a head was fitted to a run's teacher, without which it names other classes.
+    Where a head was fitted to it, that is the head's file. One of relations alone names no classes.
     """
     if is_run(student):
         recipe = _recipe_of(student)
-        return recipe.get("teacher") if recipe.get("teacher_head", "own") == "own" else None
+        fitted = str(Path(student) / HEAD_FILE)
+        teachers = dict(own=recipe.get("teacher"), fit=fitted, none=None)
+        return teachers[recipe.get("teacher_head", "own")]
     weights = Results.load().weights
     row = weights.get(student)
     return row.teacher.name if row and row.teacher and row.teacher.name in weights else None
@@ -77,13 +80,16 @@ def _recipe_of(run: str) -> dict[str, Any]:
 
 
 def _origin_of(name: str) -> str:
-    """Return what is told of a run whose teacher cannot stand beside it."""
+    """Return what is told of a run's teacher that cannot stand beside it, or has a fitted head."""
+    if Path(name).name == HEAD_FILE:
+        teacher = _recipe_of(str(Path(name).parent))["teacher"]
+        return f". It is {teacher} with the head that this run fitted to these classes"
     recipe = _recipe_of(name) if is_run(name) else {}
-    if not (teacher := recipe.get("teacher")) or recipe.get("teacher_head", "own") == "own":
+    if recipe.get("teacher_head") != "none":
         return ""
     return (
-        f". It was taught by {teacher} with a head fitted to these classes; as {teacher} by itself "
-        "names others, it is not shown beside it; another run can be chosen there"
+        f". It was taught by the relations of {recipe['teacher']}'s features, which name no "
+        "classes, so that is not shown beside it; another model can be chosen there"
     )
 
 
@@ -92,12 +98,12 @@ def load(name: str) -> Loaded:
     """Load a model, or take it from those kept.
 
     Args:
-        name: As for `Predictor`.
+        name: As for `create_predictor`.
 
     Raises:
         CommandError: If it cannot be created with weights.
     """
-    predictor = Predictor(name)
+    predictor = create_predictor(name)
     height, width = predictor.config["input_size"][1:]
     numbers = dict(
         model=name,
@@ -114,7 +120,7 @@ def _seconds(predictor: Predictor) -> float:
     image, times = torch.zeros(1, *predictor.config["input_size"]), []
     for _ in range(4):
         start = time.perf_counter()
-        predictor.model(image)
+        predictor.logits(image)
         times.append(time.perf_counter() - start)
     return min(times)
 
@@ -140,7 +146,7 @@ def look(name: str, image: Image.Image, grid: int) -> View:
     """Return what a model sees in an image; what cannot be had is told in the note.
 
     Args:
-        name: As for `Predictor`.
+        name: As for `create_predictor`.
         image: RGB.
         grid: Cells along each side.
     """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import re
 from collections.abc import Sequence
@@ -111,22 +110,6 @@ def create_frozen(
         return model
     check_class_names(model, label_names, f"{role} {name!r}")
     return model
-
-
-def take_size(model: Any, size: int) -> None:
-    """Let a model that takes one size of images take square ones of another, where timm can.
-
-    Transformers resample the embedding of positions; what cannot be done, its forward tells.
-    """
-    cfg = model.pretrained_cfg
-    if (
-        cfg.get("fixed_input_size")
-        and tuple(cfg["input_size"][1:]) != (size, size)
-        and hasattr(model, "set_input_size")
-        and not getattr(getattr(model, "patch_embed", None), "dynamic_img_pad", False)
-    ):
-        with contextlib.suppress(AssertionError, RuntimeError, ValueError):
-            model.set_input_size(img_size=(size, size))
 
 
 def weights_sha256(model: nn.Module) -> str:

@@ -8,6 +8,7 @@ import psutil
 import torch
 import torch.nn.functional as F
 
+from gld_zoo.distillation.teacher import LinearHead
 from gld_zoo.training.common.errors import DataError
 
 PENALTIES = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
@@ -40,31 +41,10 @@ class Classifier(torch.nn.Module):
         return F.linear(standardized, self.weight, self.bias)
 
 
-class LinearHead(torch.nn.Module):
-    """A fitted classifier as a teacher's head, frozen, in float32.
-
-    Args:
-        mean, std: Of the features, `[D]`.
-        weight: Of standardised features, `[K, D]`.
-        bias: `[K]`.
-    """
-
-    def __init__(
-        self, mean: torch.Tensor, std: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
-    ) -> None:
-        super().__init__()
-        self.mean, self.std = torch.nn.Buffer(mean), torch.nn.Buffer(std)
-        self.weight, self.bias = torch.nn.Buffer(weight), torch.nn.Buffer(bias)
-
-    @classmethod
-    def of(cls, classifier: Classifier) -> LinearHead:
-        """Return what `fit_classifier` found."""
-        parts = classifier.mean, classifier.std, classifier.weight, classifier.bias
-        return cls(*(part.detach().float() for part in parts))
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Map features `[..., D]` to logits `[..., K]`."""
-        return F.linear((features - self.mean) / self.std, self.weight, self.bias)
+def head_of(classifier: Classifier) -> LinearHead:
+    """Return what `fit_classifier` found as a teacher's head."""
+    parts = classifier.mean, classifier.std, classifier.weight, classifier.bias
+    return LinearHead(*(part.detach().float() for part in parts))
 
 
 def check_features_fit(width: int, images: int, *, views: int, remedy: str) -> None:

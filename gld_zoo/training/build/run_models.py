@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from timm.data import resolve_model_data_config
 
 from gld_zoo.distillation.heads import FeaturesAndLogits, GlobalLocal
+from gld_zoo.distillation.teacher import Teacher, take_size
 from gld_zoo.training.build.class_names import match_classes
 from gld_zoo.training.build.create import (
     GlobalOnly,
@@ -21,12 +22,10 @@ from gld_zoo.training.build.create import (
     resolve_data_config,
     set_training_mode,
     structure_sha256,
-    take_size,
     weights_sha256,
 )
 from gld_zoo.training.build.refusals import check_lone_image, refusals
 from gld_zoo.training.build.sync_batch_norm import synchronise_batch_norm
-from gld_zoo.training.build.teacher import Teacher
 from gld_zoo.training.config.recipe import Recipe
 from gld_zoo.training.data.batches import derive_seed
 

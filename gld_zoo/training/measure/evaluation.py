@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from gld_zoo import global_local_logits
-from gld_zoo.training.build.teacher import Teacher
+from gld_zoo.distillation.teacher import Teacher
 from gld_zoo.training.common.disk import replacing
 from gld_zoo.training.data.batches import EvalBatches
 from gld_zoo.training.data.sources import ImageSource

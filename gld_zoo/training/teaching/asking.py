@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from accelerate import Accelerator
 
-from gld_zoo.training.build.teacher import Teacher
+from gld_zoo.distillation.teacher import Teacher
 from gld_zoo.training.common.errors import DiskError, StoreError, TrainingError
 from gld_zoo.training.data.batches import NumberedBatches, Share
 from gld_zoo.training.teaching.answers import DTYPES, Answers

@@ -12,20 +12,20 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from gld_zoo.distillation.teacher import HEAD_FILE, LinearHead, Teacher
 from gld_zoo.training.build.fitted_head import (
     HELD_OUT,
     PENALTIES,
-    LinearHead,
     check_features_fit,
     choose_penalty,
     fit_classifier,
+    head_of,
 )
-from gld_zoo.training.build.teacher import Teacher
 from gld_zoo.training.common.disk import replacing, sha256, write_text
 from gld_zoo.training.data.batches import EvalBatches, Share
 from gld_zoo.training.data.rows import Rows, drawn_by_class
 
-WEIGHTS, FACTS = "teacher_head.safetensors", "teacher_head.json"
+FACTS = str(Path(HEAD_FILE).with_suffix(".json"))
 
 
 class FittedHead(NamedTuple):
@@ -102,7 +102,7 @@ def fit_head(
         penalty = choose_penalty(kept, (features[held], labels[held]), rows.classes)
     classifier = fit_classifier(features, labels, rows.classes, penalty)
     facts = dict(teacher=of, images=len(rows), penalty=penalty)
-    return FittedHead(LinearHead.of(classifier), facts)
+    return FittedHead(head_of(classifier), facts)
 
 
 @torch.no_grad()

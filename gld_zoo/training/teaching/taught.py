@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 
+from gld_zoo.distillation.teacher import HEAD_FILE, Teacher
 from gld_zoo.training.build.run_models import Models
-from gld_zoo.training.build.teacher import Teacher
 from gld_zoo.training.common.disk import write_text
 from gld_zoo.training.common.errors import DiskError, RunError
 from gld_zoo.training.config.recipe import Recipe
@@ -22,7 +22,6 @@ from gld_zoo.training.data.sources import ImageSource
 from gld_zoo.training.teaching.asking import AskedOnce
 from gld_zoo.training.teaching.fitting import (
     FACTS,
-    WEIGHTS,
     fit_head,
     load_head,
     save_head,
@@ -116,8 +115,8 @@ class TaughtBy:
     def _take_head(self, folder: Path, store: Store | None) -> None:
         """Give the teacher the run's head, the store's, or one that is fitted now."""
         accelerator, rows = self.run.accelerator, self.run.rows
-        own = folder / WEIGHTS
-        kept = load_head(store.folder / WEIGHTS, self.identity) if store else None
+        own = folder / HEAD_FILE
+        kept = load_head(store.folder / HEAD_FILE, self.identity) if store else None
         found = load_head(own, self.identity) or kept
         if found is None:
             accelerator.print(
@@ -142,7 +141,10 @@ class TaughtBy:
     def _keep_head(self, folder: Path) -> None:
         """Keep the run's head in the store, for runs that have none yet."""
         assert self.asked is not None
-        head, place = load_head(folder / WEIGHTS, self.identity), self.asked.store.folder / WEIGHTS
+        head, place = (
+            load_head(folder / HEAD_FILE, self.identity),
+            self.asked.store.folder / HEAD_FILE,
+        )
         if head and not load_head(place, self.identity):
             try:
                 save_head(head, place)

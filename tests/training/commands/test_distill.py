@@ -18,12 +18,12 @@ from accelerate.state import AcceleratorState
 from datasets import ClassLabel, Features, Image, load_dataset
 from safetensors.torch import load_file, save_file
 
+from gld_zoo.distillation.teacher import Teacher
 from gld_zoo.hub import save_pretrained
 from gld_zoo.training.build.class_names import match_classes
 from gld_zoo.training.build.create import create_frozen, create_student
 from gld_zoo.training.build.refusals import check_lone_image
 from gld_zoo.training.build.run_models import build_models
-from gld_zoo.training.build.teacher import Teacher
 from gld_zoo.training.commands.distill import cli, teaches_photographs
 from gld_zoo.training.common.errors import ModelError, NonFiniteLossError
 from gld_zoo.training.config.recipe import Recipe

@@ -18,9 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gld_zoo import GlobalLocal, global_local_logits, logit_kl, relation
 from gld_zoo.distillation.heads import classifiers
+from gld_zoo.distillation.teacher import Teacher
 from gld_zoo.hub import save_pretrained
 from gld_zoo.training.build.create import GlobalOnly, create_student, set_training_mode
-from gld_zoo.training.build.teacher import Teacher
 from gld_zoo.training.commands.distill import cli
 from gld_zoo.training.common.devices import check_accelerator
 from gld_zoo.training.common.errors import ModelError, RunError

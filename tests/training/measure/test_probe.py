@@ -121,7 +121,7 @@ def test_a_head_of_a_fitted_classifier_gives_its_logits_for_rows_of_any_shape():
     features, target = problem()
     classifier = fit_classifier(features, target, 3, penalty=1e-2)
     expected = classifier(classifier.standardize(features[:, 0])).float()
-    head = fitted_head.LinearHead.of(classifier)
+    head = fitted_head.head_of(classifier)
     rows = features[:6].reshape(2, 3, 5)
     torch.testing.assert_close(head(rows).flatten(0, 1), expected[:6], rtol=1e-5, atol=1e-5)
     assert set(head.state_dict()) == {"mean", "std", "weight", "bias"}

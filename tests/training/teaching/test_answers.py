@@ -7,7 +7,7 @@ import timm
 import torch
 
 from gld_zoo.distillation.maps import FeatureMap
-from gld_zoo.training.build.teacher import Teacher
+from gld_zoo.distillation.teacher import Teacher
 from gld_zoo.training.common.errors import StoreError
 from gld_zoo.training.teaching.answers import Answers, choose_answers
 

@@ -12,12 +12,13 @@ import pytest
 import timm
 import torch
 from accelerate import Accelerator
-from datasets import Features, Image
+from datasets import Features, Image, load_dataset
 from torchvision.transforms import v2
 
+from gld_zoo.distillation.teacher import Teacher
 from gld_zoo.hub import save_pretrained
+from gld_zoo.predictor import create_predictor
 from gld_zoo.training.build.create import create_frozen
-from gld_zoo.training.build.teacher import Teacher
 from gld_zoo.training.commands import store as store_command
 from gld_zoo.training.common import disk
 from gld_zoo.training.common.errors import DiskError
@@ -394,6 +395,13 @@ def test_a_head_is_fitted_once_and_kept_in_the_run_and_in_the_store(
         (tmp_path / name / "teacher_head.safetensors").read_bytes() for name in ("run", "second")
     ]
     assert heads[0] == heads[1]
+    teacher = create_predictor(str(tmp_path / "run" / "teacher_head.safetensors"))
+    test = load_dataset(str(tiny_dataset), split="test")
+    batch = torch.stack([teacher.transform(image.convert("RGB")) for image in test["img"]])
+    guesses = teacher.rows(batch, 2).argmax(-1)
+    right = (guesses == torch.tensor(test["fine_label"])[:, None]).double().mean(0) * 100
+    assert right.tolist() == pytest.approx([facts["top1"], *facts["cells"]])
+    assert torch.equal(teacher.logits(batch), teacher.rows(batch, 2)[:, 0])
 
 
 def test_a_store_of_another_heads_logits_is_refused(tiny_dataset, tmp_path, distill):

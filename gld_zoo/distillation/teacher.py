@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from gld_zoo.distillation.folding import fold_batch_norm
 from gld_zoo.distillation.heads import check_classifier, check_head, classify_rows, head_dtype
 from gld_zoo.distillation.maps import FeatureMap, Grid, feature_map
 
+HEAD_FILE = "teacher_head.safetensors"  # of the head that a run fitted to its teacher
 FILTERS = ("bilinear", "bicubic")  # that torch resizes tensors by, antialiased
 
 
@@ -168,6 +170,43 @@ class Teacher(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Map the student's images `[B, 3, H, W]` to rows `[B, 1+L, K]`, the local ones last."""
         return self.classify_rows(self.features(images))
+
+
+class LinearHead(nn.Module):
+    """A fitted classifier as a teacher's head, frozen, in float32.
+
+    Args:
+        mean, std: Of the features, `[D]`.
+        weight: Of standardised features, `[K, D]`.
+        bias: `[K]`.
+    """
+
+    def __init__(
+        self, mean: torch.Tensor, std: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
+    ) -> None:
+        super().__init__()
+        self.mean, self.std = nn.Buffer(mean), nn.Buffer(std)
+        self.weight, self.bias = nn.Buffer(weight), nn.Buffer(bias)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Map features `[..., D]` to logits `[..., K]`."""
+        return F.linear((features - self.mean) / self.std, self.weight, self.bias)
+
+
+def take_size(model: Any, size: int) -> None:
+    """Let a model that takes one size of images take square ones of another, where timm can.
+
+    Transformers resample the embedding of positions; what cannot be done, its forward tells.
+    """
+    cfg = model.pretrained_cfg
+    if (
+        cfg.get("fixed_input_size")
+        and tuple(cfg["input_size"][1:]) != (size, size)
+        and hasattr(model, "set_input_size")
+        and not getattr(getattr(model, "patch_embed", None), "dynamic_img_pad", False)
+    ):
+        with contextlib.suppress(AssertionError, RuntimeError, ValueError):
+            model.set_input_size(img_size=(size, size))
 
 
 class _Rows(nn.Module):
