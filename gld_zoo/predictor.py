@@ -121,7 +121,7 @@ class TeacherOfRun(Predictor):
             model = create_model(recipe["teacher"], pretrained=True).eval()
         except (OSError, SafetensorError, TypeError, ValueError, KeyError) as error:
             raise CommandError(f"--model {name!r} cannot be created: {error}") from error
-        size = recipe["teacher_size"]
+        size = recipe.get("teacher_size")
         if size == "own":
             size = resolve_model_data_config(model)["input_size"][-1]
         take_size(model, size or self.config["input_size"][-1])
