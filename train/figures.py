@@ -207,6 +207,7 @@ def zoo(out: Path, public: Path = PUBLIC) -> None:
                 fontsize=7,
                 color=colour,
             )
+    ax.margins(y=0.1)  # for the names
     ax.set_xscale("log")
     ax.set_xticks(
         [0.2, 0.5, 1, 2, 5, 10, 20], labels=["0.2", "0.5", "1", "2", "5", "10", "20"], minor=False
