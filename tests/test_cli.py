@@ -201,7 +201,10 @@ def test_list_and_info_tell_the_results(capsys):
     assert "wrn16_2_cifar100 (" in table
     info = run(capsys, "info", "gld_wrn16_1")
     assert "gld_wrn16_1.ce_cifar100: top-1" in info
-    assert "recipe cifar100_wrn16_2_wrn16_1, changes epochs 40\n    seed 0, on cpu" in info
+    row = Results.load().weights["gld_wrn16_1.wrn16_2_cifar100"]
+    assert (
+        f"recipe {row.recipe}, changes {row.told_changes()}\n    seed 0, on {row.hardware}" in info
+    )
     assert "teacher gld_wrn16_2.ce_cifar100" in info
     assert "no weights ship" in run(capsys, "info", "gld_resnet44")
     recorded = run(capsys, "info", "gld_resnet34.ce_cifar100")
