@@ -21,21 +21,14 @@ from measuring import interleave, ratio
 from step import BUNDLED, Step, our_step
 
 from gld_zoo import recipes
+from gld_zoo.results import METHODS
 from gld_zoo.training.config.recipe import Recipe
 from gld_zoo.training.engine.trainer import Trainer
 from gld_zoo.training.runs.run_folder import RunFolder
 from gld_zoo.training.tasks.distiller import Distiller
 
-METHODS = dict(
-    alone="cifar100_wrn16_1",
-    kd="cifar100_b_kd",
-    lskd="cifar100_b_lskd",
-    sdd="cifar100_b_sdd",
-    **{"global": "cifar100_b_global"},
-    local="cifar100_b_local",
-    relation="cifar100_b_relation",
-    gld="cifar100_wrn16_2_wrn16_1",
-)
+# the others are cifar100_b_NAME
+RECIPES = dict(alone="cifar100_wrn16_1", gld="cifar100_wrn16_2_wrn16_1")
 
 
 def step_of(name: str, folder: Path, threads: int, accelerator: Accelerator) -> Step:
@@ -59,8 +52,13 @@ def main() -> None:
     accelerator = Accelerator(cpu=True, mixed_precision="bf16" if options.bf16 else "no")
     with tempfile.TemporaryDirectory() as folder:
         steps = {
-            name: step_of(recipe, Path(folder) / name, options.threads, accelerator)
-            for name, recipe in METHODS.items()
+            name: step_of(
+                RECIPES.get(name, f"cifar100_b_{name}"),
+                Path(folder) / name,
+                options.threads,
+                accelerator,
+            )
+            for name in METHODS
         }
         times = interleave(steps, rounds=options.rounds)
     precision = "bf16" if options.bf16 else "float32"

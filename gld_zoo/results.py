@@ -21,7 +21,6 @@ METHODS = dict(
     **{"global": "GLD's global term alone"},
     local="GLD's local term alone",
     gld="GLD",
-    helped="GLD with what helped",
 )
 
 

@@ -141,10 +141,8 @@ class TaughtBy:
     def _keep_head(self, folder: Path) -> None:
         """Keep the run's head in the store, for runs that have none yet."""
         assert self.asked is not None
-        head, place = (
-            load_head(folder / HEAD_FILE, self.identity),
-            self.asked.store.folder / HEAD_FILE,
-        )
+        head = load_head(folder / HEAD_FILE, self.identity)
+        place = self.asked.store.folder / HEAD_FILE
         if head and not load_head(place, self.identity):
             try:
                 save_head(head, place)
