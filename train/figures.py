@@ -204,7 +204,7 @@ def zoo(out: Path, public: Path = PUBLIC) -> None:
                 (0, 6 if distilled else -12),
                 textcoords="offset points",
                 ha="center",
-                fontsize=7,
+                fontsize=6.5,
                 color=colour,
             )
     ax.margins(y=0.1)  # for the names
@@ -212,7 +212,7 @@ def zoo(out: Path, public: Path = PUBLIC) -> None:
     ax.set_xticks(
         [0.2, 0.5, 1, 2, 5, 10, 20], labels=["0.2", "0.5", "1", "2", "5", "10", "20"], minor=False
     )
-    ax.set(xlabel="parameters, millions", ylabel="CIFAR-100 top-1, %", xlim=(0.13, 30))
+    ax.set(xlabel="parameters, millions", ylabel="CIFAR-100 top-1, %", xlim=(0.14, 28))
     ax.grid(alpha=0.3)
     figure.legend(fontsize=7, loc="outside right upper", frameon=False)
     _save(figure, out)

@@ -108,6 +108,7 @@ def _cfg(weights: str = "", **kwargs: Any) -> dict[str, Any]:
 
 default_cfgs = generate_default_cfgs(
     {
+        "gld_resnet20.gldplus_cifar100": _cfg("gld_resnet20.gldplus_cifar100"),
         "gld_resnet20.r110_cifar100": _cfg("gld_resnet20.r110_cifar100"),
         "gld_resnet20.ce_cifar100": _cfg("gld_resnet20.ce_cifar100"),
         "gld_resnet32.untrained": _cfg(),
