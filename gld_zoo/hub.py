@@ -172,10 +172,14 @@ def _near(name: str) -> str:
 def resolve_name(name: str) -> str:
     """Return what timm loads: of a run folder its `last/`, of a model's folder that, else the name.
 
+    A model that timm knows is meant by its name, whatever lies here; `./NAME` is the folder.
+
     Raises:
         ValueError: If a run folder holds no finished run, or a folder no model.
     """
     folder = Path(name)
+    if name == folder.name and timm.is_model(name.partition(".")[0]):
+        return name
     for place in (folder / "last", folder):
         if os.path.isfile(place / "config.json"):
             return f"local-dir:{place}"

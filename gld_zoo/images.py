@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import glob
 import os
 import sys
@@ -10,6 +11,30 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
+
+SYSTEM_FOLDERS = {"__macosx", "@eadir", "@recycle", "#recycle", "$recycle.bin"}
+SYSTEM_FOLDERS |= {"system volume information", "lost+found"}
+SYSTEM_FILES = {"thumbs.db", "desktop.ini", "icon\r"}
+# Pillow knows them by name, and opens them by other programs or not at all
+NOT_PHOTOGRAPHS = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "MPEG", "WMF"}
+
+
+@functools.cache
+def image_extensions() -> frozenset[str]:
+    """Return the endings of files that Pillow opens as images, small letters."""
+    endings = Image.registered_extensions()
+    readable = set(Image.OPEN) - NOT_PHOTOGRAPHS
+    return frozenset(ending for ending, kind in endings.items() if kind in readable)
+
+
+def is_system_folder(name: str) -> bool:
+    """Tell whether a folder of that name is hidden, or a system's own."""
+    return name.startswith(".") or name.lower() in SYSTEM_FOLDERS
+
+
+def is_system_file(name: str) -> bool:
+    """Tell whether a file of that name is hidden, or a system's own."""
+    return name.startswith(".") or name.lower() in SYSTEM_FILES
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -35,18 +60,25 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def find_images(patterns: Sequence[str]) -> Iterator[Path]:
-    """Yield files: those named, those in folders by suffix, those that patterns match."""
-    suffixes = {
-        suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN
-    }
+    """Yield files: those named, the images in folders, those that patterns match.
+
+    What is hidden or a system's own is passed over in folders, as the trainer does.
+    """
     for pattern in patterns:
         literal = os.path.lexists(pattern)
         for path in map(Path, [pattern] if literal else _matches(pattern)):
             if os.path.isdir(path):  # false for a name that is too long, where pathlib raises
-                files = sorted(file for file in path.rglob("*") if file.is_file())
-                yield from (file for file in files if file.suffix.lower() in suffixes)
+                yield from _images_below(path)
             else:
                 yield path
+
+
+def _images_below(folder: Path) -> Iterator[Path]:
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        within = file.relative_to(folder).parts[:-1]
+        is_image = file.suffix.lower() in image_extensions() and not is_system_file(file.name)
+        if is_image and not any(map(is_system_folder, within)):
+            yield file
 
 
 def _matches(pattern: str) -> list[str]:

@@ -179,7 +179,8 @@ def test_the_trainers_read_the_same_pixels(tmp_path):
 
 
 def test_only_pictures_are_looked_for_in_folders(tmp_path):
-    for name in ("a.pdf", "b.PNG", "c.txt"):
+    for name in ("a.pdf", "b.PNG", "c.txt", "._b.png", "d.eps", "__MACOSX/b.png", ".trash/b.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
     assert [path.name for path in find_images([str(tmp_path)])] == ["b.PNG"]
     found = find_images([str(tmp_path.parent / f"{tmp_path.name[:-1]}?"), "x" * 300])

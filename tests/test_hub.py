@@ -103,6 +103,17 @@ def test_a_backbone_of_other_weights_is_refused(tmp_path):
     create_backbone(name, (4,), pretrained=False)
 
 
+def test_a_run_folder_is_a_backbone(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    save_pretrained(timm.create_model("gld_resnet18", num_classes=5), run / "last")
+    (run / "recipe.yaml").write_text("student: gld_resnet18\n")
+    monkeypatch.chdir(tmp_path)
+    for name in ("run", str(run), f"local-dir:{run}/last"):
+        body, again = create_backbone(name, (8, 16), pretrained=True)
+        assert again["backbone"] == "gld_resnet18"
+        assert len(body(torch.zeros(1, 3, 64, 64))) == 2
+
+
 def test_names_that_are_not_there_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"Unknown model .*; near it are .*gld_resnet20"):
         create_model("gld_resnet21")
@@ -110,6 +121,13 @@ def test_names_that_are_not_there_are_refused(tmp_path):
         create_model("gld_wrn16_1.none", pretrained=True)
     with pytest.raises(ValueError, match="cannot find the requested files in the local cache"):
         create_model("hf-hub:someone/none", pretrained=True)  # the tests are offline
+
+
+def test_a_name_that_timm_knows_is_meant_whatever_lies_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_pretrained(timm.create_model("gld_resnet20", num_classes=5), "gld_resnet20")
+    assert create_model("gld_resnet20").num_classes == 100
+    assert create_model("./gld_resnet20", pretrained=True).num_classes == 5
 
 
 def test_a_model_that_is_not_timms_is_refused(tmp_path):

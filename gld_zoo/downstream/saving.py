@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models import resolve_model_input_args
 
-from gld_zoo.hub import create_model, replacing_files, save_tensors
+from gld_zoo.hub import create_model, replacing_files, resolve_name, save_tensors
 
 FACTORIES = dict(
     create_ssd300="gld_zoo.downstream.detection",
@@ -27,7 +27,7 @@ def create_backbone(
     """Build a timm model that returns its feature maps at some strides.
 
     Args:
-        name: timm name, hf-hub:ORG/NAME or local-dir:PATH.
+        name: timm name, hf-hub:ORG/NAME, local-dir:PATH or a run folder.
         strides: Of the maps in pixels, ascending, before an `output_stride` limits them.
         pretrained: Load the name's weights.
         **options: As for `timm.create_model`; with `output_stride`, the stride of the deepest map,
@@ -41,6 +41,7 @@ def create_backbone(
         ValueError: If the name, or its weights, cannot be had, or a stride is not among its maps'.
     """
     try:
+        name = resolve_name(name)
         with torch.device("meta"):
             known = create_model(name, features_only=True).feature_info.reduction()
     except ValueError as error:

@@ -22,7 +22,7 @@ from gld_zoo.training.common.disk import replacing, write_text
 from gld_zoo.training.common.errors import TrainingError
 from gld_zoo.training.config.dataset_options import add_source_options
 from gld_zoo.training.data.columns import listed
-from gld_zoo.training.data.sources import HELD_OUT, counted
+from gld_zoo.training.data.sources import HELD_OUT, counted, guessed_columns
 from gld_zoo.training.measure.contact_sheet import draw_sheet
 from gld_zoo.training.measure.dataset_report import report_on
 
@@ -98,7 +98,6 @@ def report_text(facts_: dict[str, Any], lines: Sequence[str]) -> str:
 
 def _told(found: dict[str, Any]) -> list[str]:
     lines = [f"passed over: {counted(found['passed_over']) or 'nothing'}"]
-    for kind, reason in found.get("column_reasons", {}).items():
-        if reason.startswith("by"):
-            lines.append(f"the {kind} column was chosen {reason}")
+    if reasons := found.get("column_reasons"):
+        lines += guessed_columns({kind: found[f"{kind}_column"] for kind in reasons}, reasons)
     return lines

@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 from gld_zoo.training.common.errors import DataError
 from gld_zoo.training.data.columns import is_integer, pick_image_column
 from gld_zoo.training.data.keyed import Sample, move
-from gld_zoo.training.data.opening import open_dataset, pick_splits
+from gld_zoo.training.data.opening import find_folder, open_dataset, pick_splits
 from gld_zoo.training.data.orientation import UPRIGHT, orientation_of
 from gld_zoo.training.data.rows import ImageRows
 from gld_zoo.training.data.sources import encoded
@@ -35,7 +35,7 @@ class DetectionSource:
         name: Hub id or folder in hub layout.
         config, revision: Of a dataset that has several; None takes its only or default one.
         train_split, test_split: Names of the splits; None takes 'test', else 'validation'.
-        image_column: None takes the first of images.
+        image_column: None takes the only one of images, of several the one of a usual name.
         objects_column: The boxes'.
         bbox_format: 'xyxy' for corners, 'xywh' for a corner with width and height, as COCO has it.
 
@@ -63,7 +63,7 @@ class DetectionSource:
         self.label_names = _label_names(name, features, objects_column, splits[train])
         self.train, self.test = (
             DetectionRows(
-                table=encoded(splits[split], image, objects_column),
+                table=encoded(splits[split], image, objects_column, folder=find_folder(name)),
                 image_column=image,
                 where=f"split {split!r} of {name}",
                 objects_column=objects_column,

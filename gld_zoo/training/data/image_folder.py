@@ -8,7 +8,6 @@ followed. These are torchvision's `ImageFolder` rules, with splits.
 
 from __future__ import annotations
 
-import functools
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -16,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, NamedSplit
-from PIL import Image as PILImage
 
+from gld_zoo.images import image_extensions, is_system_file, is_system_folder
 from gld_zoo.training.common.errors import DataError
 
 SPLITS = dict(
@@ -30,11 +29,6 @@ SPLITS = dict(
     dev="validation",
 )
 LAYOUT = "the layout is train/CLASS/IMAGE and test/CLASS/IMAGE, or CLASS/IMAGE without splits"
-SYSTEM_FOLDERS = {"__macosx", "@eadir", "@recycle", "#recycle", "$recycle.bin"}
-SYSTEM_FOLDERS |= {"system volume information", "lost+found"}
-SYSTEM_FILES = {"thumbs.db", "desktop.ini", "icon\r"}
-# Pillow knows them by name, and opens them by other programs or not at all
-NOT_PHOTOGRAPHS = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "MPEG", "WMF"}
 
 
 @dataclass
@@ -205,31 +199,23 @@ def _entries(path: str, found: Found) -> tuple[dict[str, str], list[str]]:
     try:
         with os.scandir(path) as entries:
             for entry in sorted(entries, key=lambda each: each.name):
-                name = entry.name.lower()
+                ending = os.path.splitext(entry.name)[1].lower()
                 if entry.is_dir():
-                    if name.startswith(".") or name in SYSTEM_FOLDERS:
+                    if is_system_folder(entry.name):
                         found.passed_over["system folder"] += 1
                     else:
                         folders[entry.name] = entry.path
-                elif name.startswith(".") or name in SYSTEM_FILES:
+                elif is_system_file(entry.name):
                     found.passed_over["system file"] += 1
                 elif not entry.is_file():
                     raise DataError(f"{entry.path} leads to no file; remove it or mend the link")
-                elif os.path.splitext(name)[1] in image_extensions():
+                elif ending in image_extensions():
                     files.append(entry.path)
                 else:
-                    found.passed_over[f"no image ({os.path.splitext(name)[1] or 'no ending'})"] += 1
+                    found.passed_over[f"no image ({ending or 'no ending'})"] += 1
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}; allow it or move it") from error
     return folders, files
-
-
-@functools.cache
-def image_extensions() -> frozenset[str]:
-    """Return the endings of files that Pillow opens as images, small letters."""
-    endings = PILImage.registered_extensions()
-    readable = set(PILImage.OPEN) - NOT_PHOTOGRAPHS
-    return frozenset(ending for ending, kind in endings.items() if kind in readable)
 
 
 def sort_names(names: object) -> list[str]:

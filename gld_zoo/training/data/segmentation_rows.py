@@ -16,7 +16,7 @@ from torchvision.transforms import v2
 from gld_zoo.training.common.errors import DataError
 from gld_zoo.training.data.columns import pick_column, pick_image_column
 from gld_zoo.training.data.keyed import PixelsToDevice, Sample
-from gld_zoo.training.data.opening import open_dataset, pick_splits
+from gld_zoo.training.data.opening import find_folder, open_dataset, pick_splits
 from gld_zoo.training.data.orientation import UPRIGHT, orientation_of
 from gld_zoo.training.data.rows import ImageRows
 from gld_zoo.training.data.sources import encoded
@@ -46,7 +46,7 @@ class SegmentationSource:
         num_classes: Classes from 0.
         config, revision: Of a dataset that has several; None takes its only or default one.
         train_split, test_split: Names of the splits; None takes 'test', else 'validation'.
-        image_column: None takes the first of images.
+        image_column: None takes the only one of images, of several the one of a usual name.
         mask_column: The masks'.
 
     Raises:
@@ -71,10 +71,13 @@ class SegmentationSource:
         mask = pick_column(name, features, mask_column, Image, "mask_column")
         others = {column: kind for column, kind in features.items() if column != mask}
         image, _ = pick_image_column(name, others, image_column)
-        self.name = name
+        self.name, folder = name, find_folder(name)
+        tables = {
+            split: encoded(splits[split], image, mask, folder=folder) for split in (train, test)
+        }
         self.train, self.test = (
             SegmentationRows(
-                table=encoded(splits[split], image, mask).cast_column(mask, Image(decode=False)),
+                table=tables[split].cast_column(mask, Image(decode=False)),
                 image_column=image,
                 where=f"split {split!r} of {name}",
                 mask_column=mask,

@@ -134,13 +134,14 @@ class ImageSource:
             image_column=self.image_column,
             label_column=self.label_column,
             classes=len(classes),
-            index=None if same and isinstance(next(iter(names)), int) else index,
+            index=None if same and type(next(iter(names))) is int else index,  # True == 1
             where=where,
         )
 
     def _check_joined(self, train: dict[Any, str], test: dict[Any, str]) -> None:
         """Refuse a test split with classes that the training split does not name."""
-        unknown = {value: name for value, name in test.items() if name not in set(train.values())}
+        known = set(train.values())
+        unknown = {value: name for value, name in test.items() if name not in known}
         if not unknown or isinstance(self.test.table, IterableDataset):
             return
         used = set(self.test.table[self.label_column][:])
@@ -213,14 +214,24 @@ def encoded(table: Table, image: str, *others: str, folder: Path | None = None) 
     return kept.cast_column(image, Image(decode=False))
 
 
+def guessed_columns(columns: dict[str, str], reasons: dict[str, str]) -> list[str]:
+    """Return what to tell of columns that were chosen by their usual names.
+
+    Args:
+        columns: Their names, by what they hold: `image` or `label`.
+        reasons: Why each was taken, as an `ImageSource` holds it.
+    """
+    return [
+        f"the {kind}s are column {column!r}, {reasons[kind]} (--{kind}_column names another)"
+        for kind, column in columns.items()
+        if reasons[kind].startswith("the usual")
+    ]
+
+
 def facts(source: ImageSource, empty: Sequence[str] = ()) -> list[str]:
     """Return at most two lines on what of a dataset is read otherwise than one might think."""
-    words = [
-        f"the {kind}s are column {column!r}, {source.column_reasons[kind]} (--{kind}_column names "
-        "another)"
-        for kind, column in (("image", source.image_column), ("label", source.label_column))
-        if source.column_reasons[kind].startswith("the usual")
-    ]
+    columns = dict(image=source.image_column, label=source.label_column)
+    words = guessed_columns(columns, source.column_reasons)
     if empty:
         words.append(f"no training image of {listed(empty)}")
     lines = ["; ".join(words)] if words else []

@@ -25,7 +25,9 @@ class TransferRecipe(Options):
 
     GROUPS: ClassVar[dict[str, str]] = dict(backbone="model and dataset", **Options.GROUPS)
 
-    backbone: str = option("gld_resnet18", "timm name, hf-hub:ORG/NAME or local-dir:PATH")
+    backbone: str = option(
+        "gld_resnet18", "timm name, hf-hub:ORG/NAME, local-dir:PATH or a run folder"
+    )
     pretrained: bool = option(True, "start from the backbone's weights instead of random ones")
     dataset: str = option(MISSING, "hub id or folder in hub layout")
     dataset_config: str | None = option(None, "name of one of the dataset's configs")

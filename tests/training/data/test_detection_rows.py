@@ -1,6 +1,7 @@
 """Boxes: what is read, what is refused, and that augmentation moves them with their objects."""
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +23,9 @@ from gld_zoo.training.data.keyed import transform_under
 from scenes import COLORS, detection_rows, encode, scene, write_detection
 
 IMAGE, BOXES, CATEGORIES, _ = scene(0)
+
+
+TWO = dict(bbox=BOXES, category=[0, 1])
 
 
 def source(folder, rows, **options):
@@ -72,6 +76,19 @@ def write(folder, features, objects):
         path = folder / "data" / f"{split}-00000-of-00001.parquet"
         Dataset.from_dict(columns, features=features).to_parquet(str(path))
     return str(folder)
+
+
+def test_paths_of_images_are_those_below_the_folder(tmp_path, monkeypatch):
+    kinds = dict(bbox=List(List(Value("float32"))), category=List(Value("int64")))
+    folder = Path(write(tmp_path, Features(image=Image(), objects=kinds), [TWO]))
+    PILImage.fromarray(IMAGE).save(folder / "scene.png")
+    for path in (folder / "data").glob("*.parquet"):
+        columns = dict(image=["scene.png"], objects=[TWO])
+        features = Features(image=Value("string"), objects=kinds)
+        Dataset.from_dict(columns, features=features).to_parquet(str(path))
+    monkeypatch.chdir(folder.parent)
+    found = DetectionSource(str(folder))
+    assert torch.equal(first(found)[0], torch.from_numpy(IMAGE).permute(2, 0, 1))
 
 
 def test_crowds_as_coco_has_them_and_lists_that_are_null(tmp_path):

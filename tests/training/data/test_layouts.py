@@ -12,9 +12,10 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, l
 from PIL import Image as PILImage
 
 from folders import COLORS, THREE, picture, put, tidy
+from gld_zoo.images import image_extensions
 from gld_zoo.training.common.errors import DataError
 from gld_zoo.training.data.batches import Transforms
-from gld_zoo.training.data.image_folder import image_extensions, sort_names
+from gld_zoo.training.data.image_folder import sort_names
 from gld_zoo.training.data.memory import decode
 from gld_zoo.training.data.sources import ImageSource, facts
 from gld_zoo.training.tasks.labels import check_classes
@@ -217,7 +218,9 @@ def test_values_that_occur_are_the_classes_under_their_own_names(tmp_path, kind,
         for pixels, label in zip(split.images, split.labels.tolist(), strict=True):
             assert tuple(pixels[4, 4].tolist()) == COLORS[colors[names[label]]]
         item = rows.table[1]
-        assert rows.example(1, item)[1] == split.labels[1]
+        label = rows.example(1, item)[1]
+        assert type(label) is int
+        assert label == split.labels[1]
 
 
 def test_of_several_columns_the_usual_names_are_taken_and_told(tmp_path):

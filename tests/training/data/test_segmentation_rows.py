@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from datasets import Image
+from datasets import Dataset, Image
 from PIL import ExifTags, ImageOps
 from PIL import Image as PILImage
 from torchvision.transforms import v2
@@ -41,6 +41,17 @@ def test_a_row_is_an_image_and_its_mask(tmp_path):
     image, mask = first(source(tmp_path, [(IMAGE, MASK)]))
     assert torch.equal(image, torch.from_numpy(IMAGE).permute(2, 0, 1))
     assert torch.equal(mask, torch.from_numpy(MASK).long())
+
+
+def test_paths_of_images_are_those_below_the_folder(tmp_path, monkeypatch):
+    folder = write_segmentation(tmp_path, dict(train=[(IMAGE, MASK)], test=[(IMAGE, MASK)]))
+    PILImage.fromarray(IMAGE).save(folder / "scene.png")
+    for path in (folder / "data").glob("*.parquet"):
+        table = Dataset.from_parquet(str(path)).remove_columns("image")
+        table.add_column("image", ["scene.png"]).to_parquet(str(path))
+    monkeypatch.chdir(folder.parent)
+    image, _ = first(SegmentationSource(str(folder), 4))
+    assert torch.equal(image, torch.from_numpy(IMAGE).permute(2, 0, 1))
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,13 @@ def test_a_folder_is_shown_as_a_run_would_read_it(tmp_path, capsys):
     assert "both splits hold" not in printed
 
 
+def test_a_column_that_was_chosen_by_its_name_is_told(capsys):
+    printed = show(capsys, "gld_zoo/data/cifar100_mini", "--duplicates", "false")
+    told = "'fine_label', the usual name among fine_label, coarse_label (--label_column names "
+    assert f"the labels are column {told}another)" in printed
+    assert "the images are column" not in printed
+
+
 def test_all_images_that_cannot_be_read_are_named_at_once(tmp_path, capsys):
     tidy(tmp_path)
     broken = [tmp_path / "train" / "ant" / "x.png", tmp_path / "test" / "cat" / "y.png"]
