@@ -63,7 +63,7 @@ def save_pretrained(
         )
     card = None if results is None else model_card(model, results, repo_id, label_names)
     with replacing_files(Path(folder)) as partial:
-        save_tensors(model, partial, float16=float16)
+        save_weights(model, partial, float16=float16)
         licence = (results or {}).get("license")
         _write_config(model, partial / "config.json", label_names, data_config, licence)
         if card is not None:
@@ -82,17 +82,21 @@ def replacing_files(folder: Path) -> Iterator[Path]:
             os.replace(written, folder / written.name)
 
 
-def save_tensors(model: nn.Module, folder: Path, *, float16: bool = False) -> None:
-    """Write `model.safetensors`, readable by whom the umask lets."""
+def save_weights(model: nn.Module, folder: Path, *, float16: bool = False) -> None:
+    """Write `model.safetensors`, in float16 if asked as `to_float16` does."""
     tensors = model.state_dict()
-    if float16:
-        tensors = to_float16(tensors)
+    save_tensors(to_float16(tensors) if float16 else tensors, folder / "model.safetensors")
+
+
+def save_tensors(
+    tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """Write tensors of any layout and device by safetensors, readable by whom the umask lets."""
     # safetensors refuses the channels-last layout
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    path = folder / "model.safetensors"
     path.touch()
     mode = path.stat().st_mode
-    save_file(tensors, path, metadata={"format": "pt"})
+    save_file(tensors, path, metadata=metadata or {"format": "pt"})
     path.chmod(mode)  # safetensors makes its file for its owner alone
 
 

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models import resolve_model_input_args
 
-from gld_zoo.hub import create_model, replacing_files, resolve_name, save_tensors
+from gld_zoo.hub import create_model, replacing_files, resolve_name, save_weights
 
 FACTORIES = dict(
     create_ssd300="gld_zoo.downstream.detection",
@@ -99,7 +99,7 @@ def save_downstream(
             "without the background"
         )
     with replacing_files(Path(folder)) as partial:
-        save_tensors(model, partial)
+        save_weights(model, partial)
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return Path(folder)
 

@@ -22,7 +22,7 @@ from jsonargparse import ArgumentParser
 from jsonargparse.typing import NonNegativeInt
 
 from gld_zoo.output import end, printing
-from gld_zoo.training.common.errors import StoreError, TrainingError
+from gld_zoo.training.common.errors import DiskError, StoreError, TrainingError
 from gld_zoo.training.config.command_line import parse_recipe
 from gld_zoo.training.config.recipe import Recipe
 from gld_zoo.training.engine.launch import begin, mistakes_told
@@ -140,7 +140,7 @@ def _compare_hashes(store: Store) -> str | None:
             try:
                 store.check(view)
                 store.rows(view)
-            except StoreError as error:
+            except (DiskError, StoreError) as error:
                 wrong.append(view)
                 told = str(error)
         print(f"view {view + 1} of {store.views}: {told}")

@@ -50,7 +50,7 @@ def replacing(path: Path) -> Iterator[Path]:
             yield temporary
             flush(temporary)
             os.replace(temporary, path)
-        except OSError:
+        except BaseException:
             temporary.unlink(missing_ok=True)
             raise
 

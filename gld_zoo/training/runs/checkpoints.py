@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from gld_zoo.hub import save_tensors
 from gld_zoo.training.common.disk import replace_folder, sha256, writing
 from gld_zoo.training.common.errors import CheckpointError, DiskError
 
@@ -59,8 +60,7 @@ def _write(
 ) -> None:
     folder.mkdir(parents=True)
     for stem, group in tensors.items():
-        group = {key: tensor.detach().contiguous() for key, tensor in group.items()}
-        save_file(group, folder / f"{stem}.safetensors", metadata={"format": "pt"})
+        save_tensors(group, folder / f"{stem}.safetensors")
     hashes = {path.name: sha256(path) for path in sorted(folder.iterdir())}
     text = json.dumps(dict(state, sha256=hashes, state_sha256=_digest(state)), indent=2)
     (folder / "state.json").write_text(text, encoding="utf-8")

@@ -94,7 +94,8 @@ class AskedOnce:
                 self.known = self.known.to(here)
 
     def _usable(self, view: int) -> bool:
-        """Tell whether a view is complete and undamaged; a damaged one is made anew."""
+        """Tell whether a view is complete and can be read; else it is made anew."""
+        self.store.check_own()
         if not self.store.record(view):
             return False
         self._check_head(view)
@@ -104,9 +105,9 @@ class AskedOnce:
             return True
         try:
             self.store.check(view)
-        except StoreError as error:
+        except (DiskError, StoreError) as error:
             self.accelerator.print(f"{error}; the teacher is asked for it again")
-            if self.writes:
+            if self.writes and isinstance(error, StoreError):
                 try:
                     self.store.forget(view)
                 except DiskError as refused:

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from gld_zoo.distillation.teacher import HEAD_FILE, LinearHead, Teacher
+from gld_zoo.hub import save_tensors
 from gld_zoo.training.build.fitted_head import (
     HELD_OUT,
     PENALTIES,
@@ -57,9 +58,8 @@ def save_head(fitted: FittedHead, weights: Path) -> None:
     Raises:
         DiskError: If the disk refuses.
     """
-    tensors = {name: value.cpu().contiguous() for name, value in fitted.head.state_dict().items()}
     with replacing(weights) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
+        save_tensors(fitted.head.state_dict(), temporary)
     facts = dict(fitted.facts, sha256=sha256(weights))
     write_text(weights.with_suffix(".json"), json.dumps(facts, indent=2) + "\n")
 

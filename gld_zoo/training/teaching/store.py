@@ -20,10 +20,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from gld_zoo.hub import save_tensors
 from gld_zoo.training.common.disk import lock, replacing, sha256, write_text, writing
-from gld_zoo.training.common.errors import HeldError, StoreError
+from gld_zoo.training.common.errors import DiskError, HeldError, StoreError
 from gld_zoo.training.teaching.key import differences, key_of
 
 INFO, PARTS, LOCK = "store.json", "parts", ".lock"
@@ -97,23 +98,44 @@ class Store:
                 "folder, or auto"
             )
         there = cls.read(folder)
-        if there.info["key"] != info["key"]:
-            told = "; ".join(differences(info["made_of"], there.info["made_of"]))
-            raise StoreError(
-                f"teacher_store={str(folder)!r} holds other rows than this run's ({told}); name "
-                "another folder, or auto"
-            )
+        there._check_same(info)
         return there
+
+    def _check_same(self, info: dict[str, Any]) -> None:
+        """Refuse what a `store.json` would hold of other rows.
+
+        Raises:
+            StoreError: If it does; it tells what differs.
+        """
+        if self.info["key"] != info["key"]:
+            told = "; ".join(differences(info["made_of"], self.info["made_of"]))
+            raise StoreError(
+                f"teacher_store={str(self.folder)!r} holds other rows than this run's ({told}); "
+                "name another folder, or auto"
+            )
+
+    def check_own(self) -> None:
+        """Refuse the folder if another run has made its own store there since this one was opened.
+
+        Raises:
+            StoreError: If it has.
+        """
+        if (self.folder / INFO).is_file():
+            Store.read(self.folder)._check_same(self.info)
 
     def begin_writing(self) -> str | None:
         """Take the store for this process to write, and make it if it is new.
 
         Returns:
             Why that cannot be; None where it is done.
+
+        Raises:
+            StoreError: As `check_own`.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = lock(self.folder / LOCK)
+            self.check_own()
             if not (self.folder / INFO).is_file():
                 write_text(self.folder / INFO, json.dumps(self.info, indent=2) + "\n")
             (self.folder / PARTS).mkdir(exist_ok=True)
@@ -121,7 +143,7 @@ class Store:
             return f"{error} is writing it"
         except OSError as error:
             return error.strerror or str(error)
-        except RuntimeError as error:  # of the disk, told by `write_text`
+        except DiskError as error:
             return str(error)
         return None
 
@@ -145,13 +167,14 @@ class Store:
         """Read a complete view's file and compare it with its hash.
 
         Raises:
+            DiskError: If the disk does not give it.
             StoreError: If it is not what was written.
         """
         record, path = self.record(view), self.path(view)
         try:
             good = record is not None and sha256(path) == record["sha256"]
-        except OSError as error:
-            raise StoreError(f"{path} cannot be read: {error.strerror}") from error
+        except OSError as error:  # it may pass: no reason to give a view up
+            raise DiskError(f"{path} cannot be read: {error.strerror}") from error
         if not good:
             raise StoreError(f"{path} is damaged: it is not what was written")
 
@@ -209,12 +232,12 @@ class Store:
         Raises:
             DiskError: If the disk refuses; what was written before is untouched.
         """
-        tensors = dict(numbers=numbers.contiguous(), rows=rows.contiguous())
+        tensors = dict(numbers=numbers, rows=rows)
         # a name that no other process has had, whatever its number
         path = self.folder / PARTS / f"view-{view:03d}-{uuid.uuid4().hex}.safetensors"
         with replacing(path) as temporary:
             told = dict(sha256=_digest(tensors), seconds=str(seconds), head=str(self.head))
-            save_file(tensors, temporary, metadata=told)
+            save_tensors(tensors, temporary, told)
 
     def parts(self, view: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, float]]:
         """Yield the parts of a view, oldest first, with the seconds that the teacher took.
@@ -259,7 +282,7 @@ class Store:
                 f"{self.folder} lacks {int((~have).sum())} rows of view {view}, which were there"
             )
         with replacing(self.path(view)) as temporary:
-            save_file(dict(rows=whole), temporary, metadata={"format": "pt"})
+            save_tensors(dict(rows=whole), temporary)
         told = dict(sha256=sha256(self.path(view)), seconds=round(seconds, 2), head=self.head)
         write_text(self.path(view).with_suffix(".json"), json.dumps(dict(told, **record)) + "\n")
         self.drop_parts(view)

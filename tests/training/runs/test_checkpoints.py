@@ -40,7 +40,7 @@ def test_a_crash_while_writing_leaves_the_earlier_ones(tmp_path, monkeypatch):
     def full_disk(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoints, "save_file", full_disk)
+    monkeypatch.setattr(checkpoints, "save_tensors", full_disk)
     with pytest.raises(DiskError, match="No space left on device; what was written before is"):
         save(tmp_path, 2)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["epoch-00001"]

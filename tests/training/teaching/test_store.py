@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gld_zoo.training.common.errors import StoreError
+from gld_zoo.training.common.errors import DiskError, HeldError, StoreError
+from gld_zoo.training.teaching import store as teaching_store
 from gld_zoo.training.teaching.key import key_of
 from gld_zoo.training.teaching.store import DamagedStoreError, Store
 
@@ -146,6 +147,51 @@ def test_a_view_of_other_rows_under_its_name_is_refused(store):
 def test_a_store_of_other_rows_is_refused_with_what_differs(store):
     with pytest.raises(StoreError, match=r"other rows.*teacher: abc there, xyz here.*or auto"):
         Store.open(store.folder, info(teacher="xyz"))
+
+
+@pytest.mark.parametrize("is_held", [False, True])
+def test_of_two_stores_begun_at_once_in_a_folder_the_second_is_refused(
+    tmp_path, monkeypatch, is_held
+):
+    first, second = (Store.open(tmp_path / "store", info(seed=seed)) for seed in (0, 1))
+    assert first.begin_writing() is None
+    fill(first)
+    if is_held:
+
+        def held(path):
+            raise HeldError("process 1 on there")
+
+        monkeypatch.setattr(teaching_store, "lock", held)
+        assert second.begin_writing() == "process 1 on there is writing it"
+    else:
+        with pytest.raises(StoreError, match=r"holds other rows than this run's .*seed"):
+            second.begin_writing()
+    with pytest.raises(StoreError, match=r"holds other rows than this run's .*seed"):
+        second.check_own()
+    first.check_own()
+    assert Store.read(tmp_path / "store").info == info(seed=0)
+
+
+def test_a_view_that_the_disk_does_not_give_is_not_called_damaged(store, monkeypatch):
+    fill(store)
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(teaching_store, "sha256", refuse)
+    with pytest.raises(DiskError, match=r"view-000\.safetensors cannot be read: Permission denied"):
+        store.check(0)
+    assert store.complete() == [0]
+
+
+def test_rows_can_be_read_by_whom_the_umask_lets(store):
+    store.write_part(1, torch.arange(2), rows()[:2])
+    fill(store)
+    (store.folder / "plain").touch()
+    mode = (store.folder / "plain").stat().st_mode
+    written = list(store.folder.rglob("*.safetensors"))
+    assert len(written) == 2
+    assert all(path.stat().st_mode == mode for path in written)
 
 
 def test_a_folder_of_other_files_is_refused(tmp_path):

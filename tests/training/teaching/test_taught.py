@@ -176,14 +176,14 @@ def test_a_disk_that_refuses_costs_the_store_and_no_bit(
         if when == "at once":
             patch.setattr(teaching_store, "lock", refuse_writing)
         else:
-            save = teaching_store.save_file
+            save = teaching_store.save_tensors
 
             def full(tensors, *others, **named):
                 if when == "at a part" or set(tensors) == {"rows"}:
                     refuse_writing()
                 save(tensors, *others, **named)
 
-            patch.setattr(teaching_store, "save_file", full)
+            patch.setattr(teaching_store, "save_tensors", full)
         kept = ["--teacher_store", tmp_path / "full", "--run", tmp_path / "run"]
         output = distill(*options, *kept)
     assert output.count("it is left as it is") == 1
@@ -271,6 +271,29 @@ def test_a_damaged_view_is_named_and_made_anew(options, tmp_path, distill):
     output = distill(*options, "--teacher_store", folder, "--run", tmp_path / "second")
     assert f"{path} is damaged: it is not what was written; the teacher is asked" in output
     assert weights(tmp_path / "first") == weights(tmp_path / "second")
+    store_command.cli(["verify", str(folder)])
+
+
+@pytest.mark.slow
+def test_a_view_that_cannot_be_read_for_once_is_asked_for_and_kept(
+    options, tmp_path, distill, monkeypatch
+):
+    folder = tmp_path / "store"
+    distill(*options, "--teacher_store", folder, "--run", tmp_path / "first")
+    content = (folder / "view-001.safetensors").read_bytes()
+    read = teaching_store.sha256
+
+    def fails_once(path):
+        if path.name == "view-001.safetensors":
+            monkeypatch.setattr(teaching_store, "sha256", read)
+            raise OSError(5, "Input/output error")
+        return read(path)
+
+    monkeypatch.setattr(teaching_store, "sha256", fails_once)
+    output = distill(*options, "--teacher_store", folder, "--run", tmp_path / "second")
+    assert "view-001.safetensors cannot be read: Input/output error; the teacher is asked" in output
+    assert weights(tmp_path / "first") == weights(tmp_path / "second")
+    assert (folder / "view-001.safetensors").read_bytes() == content
     store_command.cli(["verify", str(folder)])
 
 
@@ -415,7 +438,7 @@ def test_a_store_of_another_heads_logits_is_refused(tiny_dataset, tmp_path, dist
         path = tmp_path / "run" / f"teacher_head.{name}"
         if name == "safetensors":
             tensors = teaching_store.load_file(path)
-            teaching_store.save_file(dict(tensors, bias=tensors["bias"] + 1), path)
+            teaching_store.save_tensors(dict(tensors, bias=tensors["bias"] + 1), path)
         else:
             facts = dict(
                 json.loads(path.read_text()), sha256=disk.sha256(path.with_suffix(".safetensors"))
