@@ -27,7 +27,8 @@ from gld_zoo.training.engine.trainer import Trainer
 from gld_zoo.training.runs.run_folder import RunFolder
 from gld_zoo.training.tasks.distiller import Distiller
 
-# the others are cifar100_b_NAME
+SETUP = "b"  # of the paper
+# the others are cifar100_SETUP_NAME
 RECIPES = dict(alone="cifar100_wrn16_1", gld="cifar100_wrn16_2_wrn16_1")
 
 
@@ -53,7 +54,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         steps = {
             name: step_of(
-                RECIPES.get(name, f"cifar100_b_{name}"),
+                RECIPES.get(name, f"cifar100_{SETUP}_{name}"),
                 Path(folder) / name,
                 options.threads,
                 accelerator,
@@ -62,7 +63,7 @@ def main() -> None:
         }
         times = interleave(steps, rounds=options.rounds)
     precision = "bf16" if options.bf16 else "float32"
-    result: dict = dict(threads=options.threads, precision=precision)
+    result: dict = dict(setup=SETUP, threads=options.threads, precision=precision)
     result["ms"] = {name: round(statistics.median(ms), 1) for name, ms in times.items()}
     result["times of alone"] = {name: ratio(times, name, "alone") for name in times}
     print(json.dumps(result, indent=1))

@@ -58,15 +58,18 @@ def own_table(results: Results) -> list[str]:
 def methods_table(results: Results) -> list[str]:
     """Return one line a method of each setup in which several were trained alike, with its cost."""
     titles = ["setup", "method", "recipe, changes", "epochs", "top-1", "above labels", "a step"]
-    costs = json.loads(STEPS.read_text(encoding="utf-8"))["times of alone"]
+    measured = json.loads(STEPS.read_text(encoding="utf-8"))
     lines = []
     for setup, roles in results.setups.items():
         names = {each: roles.get(f"method_{each}", {}).get("weights") for each in METHODS}
         rows = {each: results.rows[name] for each, name in names.items() if name}
+        costs = measured["times of alone"] if setup == measured["setup"] else {}
+        alone = rows.get("alone")
         for each, row in rows.items():
-            gain = row.mean_top1() - rows["alone"].mean_top1()
+            gain = f"{row.mean_top1() - alone.mean_top1():+.2f}" if alone else "-"
+            cost = f"{costs[each]:.2f}" if each in costs else "-"
             cells = [setup, METHODS[each], f"{row.recipe}, {row.told_changes()}", str(row.epochs)]
-            lines.append([*cells, row.mean(), f"{gain:+.2f}", f"{costs[each]:.2f}"])
+            lines.append([*cells, row.mean(), gain, cost])
     return table(titles, lines)
 
 

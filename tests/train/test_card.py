@@ -137,13 +137,18 @@ def test_methods_stand_beside_the_labels_alone_with_what_a_step_costs(monkeypatc
     }
     roles = {f"method_{each}": dict(weights=f"m.{each}") for each in ("gld", "alone")}
     costs = tmp_path / "methods.json"
-    costs.write_text(json.dumps({"times of alone": dict(alone=1.0, gld=1.834)}))
+    measured = {"setup": "b", "times of alone": dict(alone=1.0, gld=1.834)}
+    costs.write_text(json.dumps(measured))
     monkeypatch.setattr("card.STEPS", costs)
-    alone, gld = methods_table(Results(dict(b=roles, c={}), {}, runs))[2:]
+    no_baseline = dict(method_gld=roles["method_gld"])
+    setups = dict(b=roles, c={}, d=no_baseline)
+    alone, gld, elsewhere = methods_table(Results(setups, {}, runs))[2:]
     assert alone.startswith("| b | labels alone | ")
     assert alone.endswith(" | 5 | 60.00 | +0.00 | 1.00 |")
     assert gld.startswith("| b | GLD | ")
     assert gld.endswith(" | 5 | 62.50 | +2.50 | 1.83 |")
+    assert elsewhere.startswith("| d | GLD | ")
+    assert elsewhere.endswith(" | 5 | 62.50 | - | - |")
 
 
 def test_a_row_that_goes_on_from_another_shows_the_epochs_of_both():

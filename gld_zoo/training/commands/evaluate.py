@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Literal
 
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import NonNegativeInt
@@ -21,7 +22,7 @@ from gld_zoo.training.common.disk import write_text
 from gld_zoo.training.common.errors import TrainingError
 from gld_zoo.training.config.dataset_options import add_measuring_options, add_source_options
 from gld_zoo.training.measure.evaluation import evaluate
-from gld_zoo.training.measure.inputs import open_test_source
+from gld_zoo.training.measure.inputs import open_test_source, recipe_of
 from gld_zoo.training.measure.tables import table
 
 
@@ -32,6 +33,11 @@ def cli(arguments: list[str], prog: str | None = None) -> None:
     model = "timm name, hf-hub:ORG/NAME, local-dir:PATH or run folder"
     parser.add_argument("--model", type=str, required=True, help=model)
     parser.add_argument("--teacher", type=str | None, help=f"compare with it: {model}")
+    parser.add_argument(
+        "--teacher_size",
+        type=int | Literal["own"] | None,
+        help="side of the images it sees, or own; null: as the run's recipe has it",
+    )
     add_source_options(parser, required=False)
     add_measuring_options(parser)
     parser.add_argument(
@@ -43,10 +49,12 @@ def cli(arguments: list[str], prog: str | None = None) -> None:
     parser.add_argument("--picture", type=Path | None, help="PNG of which class is taken for which")
     options = parser.parse_args(arguments)
     try:
+        run = recipe_of(options.model)
         result = evaluate(
             options.model,
             open_test_source(options, [options.model]),
             teacher=options.teacher,
+            teacher_size=options.teacher_size or getattr(run, "teacher_size", None),
             grid=options.grid,
             image_size=options.image_size,
             batch_size=options.batch_size,

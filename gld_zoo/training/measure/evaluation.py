@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from timm.data import resolve_model_data_config
 from torch.utils.flop_counter import FlopCounterMode
 
 from gld_zoo import global_local_logits
-from gld_zoo.distillation.teacher import Teacher
+from gld_zoo.distillation.teacher import Teacher, take_size
+from gld_zoo.training.build.create import create_frozen
+from gld_zoo.training.build.refusals import check_takes
 from gld_zoo.training.common.disk import replacing
 from gld_zoo.training.data.batches import EvalBatches
 from gld_zoo.training.data.sources import ImageSource
@@ -23,6 +26,7 @@ def evaluate(
     source: ImageSource,
     *,
     teacher: str | None = None,
+    teacher_size: int | Literal["own"] | None = None,
     grid: int = 2,
     image_size: int | None = None,
     batch_size: int = 250,
@@ -37,6 +41,8 @@ def evaluate(
         name: timm name, hf-hub:ORG/NAME, local-dir:PATH or a run folder.
         source: The dataset.
         teacher: Such a name too, to compare with; it sees the same pixels in its own scale.
+        teacher_size: Side in pixels to which they are resized for it, 'own' for its own; None
+            leaves them as they are.
         grid: Cells along each side of the feature map; 0 leaves the local rows out.
         image_size: Side in pixels; None takes the model's.
         batch_size: Images a forward pass.
@@ -52,7 +58,7 @@ def evaluate(
     """
     labels = source.label_names
     measured = build_measured(name, device, image_size=image_size, label_names=labels)
-    reference = _reference(teacher, measured, labels, device) if teacher else None
+    reference = _reference(teacher, teacher_size, measured, labels, device) if teacher else None
     missing = missing_local_rows(measured.model, measured.size, grid, device)
     batches = measuring_batches(source.test, measured, device, batch_size, workers)
     scores = collect(measured.model, batches, 0 if missing else grid, mirror=mirror)
@@ -77,16 +83,22 @@ def _draw(scores: Scores, label_names: list[str], picture: Path | None) -> None:
 
 
 def _reference(
-    name: str, measured: Measured, label_names: list[str], device: torch.device
+    name: str,
+    size: int | Literal["own"] | None,
+    measured: Measured,
+    label_names: list[str],
+    device: torch.device,
 ) -> Teacher:
     """Return a model to compare with, which is given the images of the one measured.
 
     It is built before they are read, so that its mistakes cost nothing.
     """
-    theirs = build_measured(
-        name, device, image_size=measured.size, label_names=label_names, role="teacher"
-    )
-    return Teacher(theirs.model, None, measured.config["mean"], measured.config["std"])
+    model = create_frozen(name, device, label_names=label_names, role="teacher")
+    own: int = resolve_model_data_config(model)["input_size"][-1]
+    shown = own if size == "own" else size or measured.size
+    take_size(model, shown)
+    check_takes(name, model, shown, device)
+    return Teacher(model, None, measured.config["mean"], measured.config["std"], size=shown)
 
 
 def of_scores(scores: Scores, measured: Measured, device: torch.device) -> dict[str, Any]:

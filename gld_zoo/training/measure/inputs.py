@@ -33,7 +33,6 @@ def build_measured(
     *,
     image_size: int | None = None,
     label_names: Sequence[str] | None = None,
-    role: str = "model",
 ) -> Measured:
     """Build a model to measure, which takes images of that size.
 
@@ -42,12 +41,11 @@ def build_measured(
         device: Where it runs.
         image_size: Side in pixels; None takes the model's.
         label_names: Classes of a dataset, which must be the model's; None takes it as it is.
-        role: What errors call it.
 
     Raises:
         ModelError: If it cannot be built with its weights, has other classes, or refuses the size.
     """
-    model = create_frozen(name, device, label_names=label_names, role=role)
+    model = create_frozen(name, device, label_names=label_names)
     config = resolve_model_data_config(model)
     size = square_size(config, image_size)
     check_takes(name, model, size, device)
@@ -66,11 +64,16 @@ def open_test_source(options: Any, names: Sequence[str]) -> ImageSource:
     """
     if options.dataset is not None:
         return open_source(options)
-    recipes = (Path(name) / "recipe.yaml" for name in names)
-    found = next((path for path in recipes if path.is_file()), None)
+    found = next(filter(None, map(recipe_of, names)), None)
     if found is None:
         raise DataError(f"none of {', '.join(names)} is a run folder; name a --dataset")
-    return open_source(Recipe.load(found))
+    return open_source(found)
+
+
+def recipe_of(name: str) -> Recipe | None:
+    """Return the recipe of a run folder; None if a name is of something else."""
+    path = Path(name) / "recipe.yaml"
+    return Recipe.load(path) if path.is_file() else None
 
 
 def square_size(config: dict[str, Any], image_size: int | None) -> int:

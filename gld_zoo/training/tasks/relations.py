@@ -18,7 +18,7 @@ from gld_zoo.training.data.batches import Data, EvalBatches, Share
 from gld_zoo.training.engine.task import Terms
 from gld_zoo.training.tasks.distiller import Distiller
 from gld_zoo.training.tasks.labels import accuracy, smooth
-from gld_zoo.training.teaching.fitting import of_all_processes
+from gld_zoo.training.teaching.together import of_all_processes
 
 COMPARED = 10_000  # images of the test split, the first ones, whose neighbours are compared
 BLOCK = 1000  # of which distances to all are held at a time

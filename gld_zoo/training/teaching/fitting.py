@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,8 +22,9 @@ from gld_zoo.training.build.fitted_head import (
     head_of,
 )
 from gld_zoo.training.common.disk import replacing, sha256, write_text
-from gld_zoo.training.data.batches import EvalBatches, Share
+from gld_zoo.training.data.batches import EvalBatches
 from gld_zoo.training.data.rows import Rows, drawn_by_class
+from gld_zoo.training.teaching.together import of_all_processes
 
 FACTS = str(Path(HEAD_FILE).with_suffix(".json"))
 
@@ -103,34 +103,6 @@ def fit_head(
     classifier = fit_classifier(features, labels, rows.classes, penalty)
     facts = dict(teacher=of, images=len(rows), penalty=penalty)
     return FittedHead(head_of(classifier), facts)
-
-
-@torch.no_grad()
-def of_all_processes(
-    features: Callable[[torch.Tensor], torch.Tensor],
-    batches: EvalBatches,
-    count: int,
-    accelerator: Accelerator,
-) -> torch.Tensor:
-    """Return features `[N, D]` of the first N images of a split, in order, on the CPU.
-
-    Args:
-        features: Maps images to theirs `[B, D]`.
-        batches: This process's share of the split.
-        count: N.
-        accelerator: Of the run.
-    """
-    share = Share(accelerator.process_index, accelerator.num_processes)
-    numbers = share.of(torch.arange(count))
-    found: list[torch.Tensor] = []
-    for images, *_ in batches:
-        found.append(features(images))
-        if sum(map(len, found)) >= len(numbers):
-            break
-    own = torch.cat(found)[: len(numbers)]
-    whole = own.new_zeros(count, own.shape[1])
-    whole[numbers] = own
-    return accelerator.reduce(whole).cpu()
 
 
 @torch.no_grad()

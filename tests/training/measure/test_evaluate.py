@@ -16,7 +16,7 @@ from gld_zoo.training.measure.evaluation import evaluate
 from gld_zoo.training.measure.inputs import build_measured, measuring_batches, square_size
 from gld_zoo.training.measure.scores import Scores
 from gld_zoo.training.measure.tables import table, worst_classes
-from helpers import read_lines
+from helpers import SMALL_RUN, read_lines
 
 
 def scores_of(probabilities, target):
@@ -155,10 +155,10 @@ def test_a_teachers_mistakes_are_named_before_the_images_are_read(
     student_run, tiny_dataset, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("gld_zoo.training.measure.evaluation.collect", lambda *_: 1 / 0)
-    save_pretrained(timm.create_model("vit_tiny_patch16_224", num_classes=4), tmp_path / "vit")
+    save_pretrained(timm.create_model("mixer_s32_224", num_classes=4), tmp_path / "mixer")
     options = ["--model", str(student_run), "--dataset", str(tiny_dataset)]
     for teacher, words in [
-        (f"local-dir:{tmp_path / 'vit'}", "cannot take 32x32"),
+        (f"local-dir:{tmp_path / 'mixer'}", "cannot take 32x32"),
         ("x", "teacher"),
     ]:
         with pytest.raises(SystemExit) as stop:
@@ -204,6 +204,21 @@ def test_a_teacher_scores_as_it_does_alone(teacher_run, tiny_dataset, tmp_path):
     alone = evaluate(teacher, source, **options)
     beside = evaluate(str(teacher_run), source, teacher=teacher, **options)
     assert beside["teacher_top1"] == alone["top1"] != beside["top1"]
+
+
+def test_a_runs_teacher_is_shown_images_as_the_run_showed_them(
+    teacher_run, tiny_dataset, tmp_path, distill
+):
+    teacher, out = f"local-dir:{teacher_run}/last", tmp_path / "out.json"
+    run = ["--teacher", teacher, "--teacher_size", 20, "--run", tmp_path / "run"]
+    distill(*SMALL_RUN, "--dataset", tiny_dataset, *run)
+    told = json.loads((tmp_path / "run" / "summary.json").read_text())["teacher"]["top1"]
+    arguments = ["--model", str(tmp_path / "run"), "--teacher", teacher, "--json", str(out)]
+    cli(arguments)
+    found = json.loads(out.read_text())
+    assert found["teacher_top1"] == pytest.approx(told)
+    cli([*arguments, "--teacher_size", "own"])
+    assert json.loads(out.read_text())["teacher_top1"] != pytest.approx(told)
 
 
 def test_classes_are_counted_and_those_without_images_left_out():

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -23,11 +24,12 @@ from gld_zoo.training.commands import store as store_command
 from gld_zoo.training.common import disk
 from gld_zoo.training.common.errors import DiskError
 from gld_zoo.training.config.recipe import Recipe
+from gld_zoo.training.data.batches import Share
 from gld_zoo.training.engine.trainer import Trainer
 from gld_zoo.training.runs.run_folder import RunFolder
 from gld_zoo.training.tasks import relations
 from gld_zoo.training.tasks.distiller import Distiller
-from gld_zoo.training.teaching import asking, taught
+from gld_zoo.training.teaching import asking, taught, together
 from gld_zoo.training.teaching import store as teaching_store
 from gld_zoo.training.teaching.store import Store
 from helpers import CHECKOUT, SMALL_RUN, launch, write_dataset
@@ -537,6 +539,25 @@ def test_without_a_teacher_its_options_decide_nothing():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_features_of_all_processes_are_those_of_one_in_order(monkeypatch, world_size):
+    monkeypatch.setattr(together, "REDUCED", 4)
+    images = torch.arange(11.0)[:, None]
+    reduced = []
+    for rank in range(world_size):
+        machine = SimpleNamespace(
+            process_index=rank,
+            num_processes=world_size,
+            device=torch.device("cpu"),
+            reduce=lambda block: block,
+        )
+        own = Share(rank, world_size).of(torch.arange(11))
+        repeated = torch.cat([own, own[:1].expand(3)])  # what fills a last batch
+        batches = [(images[part],) for part in repeated.split(2)]
+        reduced.append(together.of_all_processes(lambda shown: 2 * shown, batches, 11, machine))
+    assert torch.equal(sum(reduced), 2 * images)
+
+
 def test_neighbours_are_the_nearest_other_rows(monkeypatch):
     rows = torch.randn(7, 3)
     distances = (rows[:, None] - rows[None]).norm(dim=2).fill_diagonal_(9)
