@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 import yaml
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from timm.data import create_transform, resolve_model_data_config
+from timm.data import (
+    ImageNetInfo,
+    create_transform,
+    infer_imagenet_subset,
+    resolve_model_data_config,
+)
 
 from gld_zoo.distillation.heads import global_local_logits
 from gld_zoo.distillation.maps import feature_map, global_local_features
@@ -53,7 +60,7 @@ class Predictor:
                 f"{channels} channels; name a classifier of colour images"
             )
         self.transform = create_transform(**self.config)
-        self.names = class_names(self.model)
+        self.names = class_names(self.model, name)
 
     def prepare(self, batch: torch.Tensor) -> torch.Tensor:
         """Return transformed images `[B, 3, H, W]` as the model takes them."""
@@ -148,9 +155,22 @@ class TeacherOfRun(Predictor):
         return self.teacher.classify_rows(features)
 
 
-def class_names(model: Any) -> list[str]:
-    """Return a model's class names: its cfg's, or numbers."""
+def class_names(model: Any, name: str) -> list[str]:
+    """Return a model's class names: its cfg's, ImageNet's where timm has it of that, or numbers.
+
+    Args:
+        model: timm's, in whose cfg they may be.
+        name: By which it was created.
+    """
     names = model.pretrained_cfg.get("label_names") or ()
     if len(names) == model.num_classes:
         return list(names)
-    return [f"class {i}" for i in range(model.num_classes)]
+    is_timms = name.startswith("hf-hub:timm/") or timm.is_model(name.partition(".")[0])
+    subset = infer_imagenet_subset(model) if is_timms else None  # by the number of classes
+    if subset is None:
+        return [f"class {i}" for i in range(model.num_classes)]
+    info = ImageNetInfo(subset)
+    words = [synonyms.partition(",")[0] for synonyms in info.label_descriptions()]
+    counts = Counter(words)  # a crane is a bird and a machine
+    defined = info.label_descriptions(detailed=True)
+    return [one if counts[one] == 1 else full for one, full in zip(words, defined, strict=True)]

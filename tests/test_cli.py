@@ -61,7 +61,7 @@ def test_predictions_are_the_models_own(pictures, capsys):
     assert len(lines) == len(FORMATS) + 3
     model = timm.create_model("gld_wrn16_1", pretrained=True).eval()
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-    names = class_names(model)
+    names = class_names(model, "gld_wrn16_1")
     assert (names[0], names[99]) == ("apple", "worm")
     for line in lines:
         with torch.no_grad():
@@ -69,6 +69,19 @@ def test_predictions_are_the_models_own(pictures, capsys):
         assert [found["label"] for found in line["classes"]] == [names[i] for i in p.indices]
         for found, value in zip(line["classes"], p.values.tolist(), strict=True):
             assert found["probability"] == pytest.approx(value, abs=1e-5)
+
+
+def test_names_of_imagenets_classes_are_timms():
+    model = timm.create_model("resnet18")
+    for name in ("resnet18.a1_in1k", "hf-hub:timm/resnet18.a1_in1k"):
+        names = class_names(model, name)
+        assert names[207] == "golden retriever"
+        assert len(set(names)) == 1000
+        assert [name for name in names if name.startswith("crane")] == [names[134], names[517]]
+    for name in ("local-dir:photos", "hf-hub:someone/photos", "runs/photos-0"):
+        assert class_names(model, name)[207] == "class 207"
+    model = timm.create_model("resnet18", num_classes=7)
+    assert class_names(model, "resnet18")[3] == "class 3"
 
 
 def test_a_run_folder_is_a_model(pictures, student_run, tmp_path, capsys):
