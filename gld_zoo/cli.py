@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from itertools import islice
@@ -95,7 +96,7 @@ def explain_image(options: argparse.Namespace) -> int:
 
     Raises:
         CommandError: If the image cannot be read, the model cannot be had or does not suit, or the
-            drawing cannot be written.
+            drawing cannot be written, or would take the image's place.
     """
     from gld_zoo.images import read_image
     from gld_zoo.predictor import create_predictor
@@ -104,6 +105,8 @@ def explain_image(options: argparse.Namespace) -> int:
         image = read_image(Path(options.image))
     except Exception as error:
         raise CommandError(f"{options.image}: {error}") from error
+    if os.path.exists(options.output) and os.path.samefile(options.image, options.output):
+        raise CommandError(f"--output {options.output} is the image itself; name another file")
     drawing = create_predictor(options.model).explain(image, options.grid)
     try:
         drawing.save(options.output)
@@ -153,7 +156,9 @@ def build_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("predict", help="the most probable classes of images")
     command.add_argument("images", nargs="+", metavar="IMAGE", help="file, folder or pattern")
     command.add_argument("--model", **model)
-    command.add_argument("--top", type=_positive, default=5, help="classes an image")
+    command.add_argument(
+        "--top", type=_positive, default=5, help="how many classes to show of each image"
+    )
     command.add_argument("--json", action="store_true", help="a line of JSON an image")
     command.set_defaults(run=predict)
     command = commands.add_parser("explain", help="draw the class and confidence of each cell")
@@ -164,13 +169,21 @@ def build_parser() -> argparse.ArgumentParser:
     command.set_defaults(run=explain_image)
     command = commands.add_parser("demo", help="a page in the browser that compares two models")
     command.add_argument(
-        "--model", nargs="+", default=[], metavar="NAME", help="offered first; as for predict"
+        "--model",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="models to offer first, of which the first is shown",
     )
-    command.add_argument("--teacher", metavar="NAME", help="beside it; its own, if it is known")
+    command.add_argument(
+        "--teacher", metavar="NAME", help="model shown beside it; without, its own if known"
+    )
     command.add_argument(
         "--examples", nargs="+", default=[], metavar="IMAGE", help="to offer: file, folder, pattern"
     )
-    command.add_argument("--port", type=_port, help="the first free one from 7860 on; 0 is any")
+    command.add_argument(
+        "--port", type=_port, help="without: the first free one from 7860 on; 0: any"
+    )
     command.add_argument("--open", action="store_true", help="open it in the browser")
     command.set_defaults(run=show_page)
     for name, command_ in TRAINING_COMMANDS.items():  # whose modules read their options

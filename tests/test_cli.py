@@ -239,6 +239,10 @@ def test_explain_draws_the_cells_and_the_map(pictures, tmp_path, capsys):
     assert "cannot write" in message
     message = run(capsys, "explain", pictures / "1.jpg", "-o", out, "--grid", 9, code="error")
     assert "grid=9 needs a feature map" in message
+    drawn = out.read_bytes()
+    message = run(capsys, "explain", out, "-o", tmp_path / "." / "out.png", code="error")
+    assert "out.png is the image itself; name another file" in message
+    assert out.read_bytes() == drawn
 
 
 @pytest.mark.parametrize(

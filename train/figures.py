@@ -233,7 +233,7 @@ def _best_runs(distilled: bool) -> dict[str, Row]:
             continue  # of the bundled images alone, or a teacher of another zoo
         held = best.get(architecture)
         if (row.teacher is not None) is distilled and (
-            held is None or row.runs[0].top1 > held.runs[0].top1
+            held is None or row.mean_top1() > held.mean_top1()
         ):
             best[architecture] = row
     return best

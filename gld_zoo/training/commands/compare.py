@@ -9,7 +9,6 @@ cfg; images/s is the forward pass alone.
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from jsonargparse import ArgumentParser
 
 from gld_zoo.output import end, printing
 from gld_zoo.training.common.devices import measuring_device
-from gld_zoo.training.common.disk import write_text
+from gld_zoo.training.common.disk import write_json
 from gld_zoo.training.common.errors import TrainingError
 from gld_zoo.training.config.dataset_options import add_measuring_options, add_source_options
 from gld_zoo.training.measure.comparison import compare, comparison_table, draw_comparison
@@ -47,6 +46,6 @@ def cli(arguments: list[str], prog: str | None = None) -> None:
         if options.picture:
             draw_comparison(result, options.picture)
         if options.json:
-            write_text(Path(options.json), json.dumps(result, indent=2) + "\n")
+            write_json(Path(options.json), result)
     except (TrainingError, ValueError) as error:
         sys.exit(f"error: {error}")

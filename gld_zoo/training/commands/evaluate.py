@@ -8,7 +8,6 @@ In float32, with the preprocessing of the model's cfg; images/s is the forward p
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Literal
@@ -18,7 +17,7 @@ from jsonargparse.typing import NonNegativeInt
 
 from gld_zoo.output import end, printing
 from gld_zoo.training.common.devices import measuring_device
-from gld_zoo.training.common.disk import write_text
+from gld_zoo.training.common.disk import write_json
 from gld_zoo.training.common.errors import TrainingError
 from gld_zoo.training.config.dataset_options import add_measuring_options, add_source_options
 from gld_zoo.training.measure.evaluation import evaluate
@@ -65,6 +64,6 @@ def cli(arguments: list[str], prog: str | None = None) -> None:
         )
         print(table(result))
         if options.json:
-            write_text(Path(options.json), json.dumps(result, indent=2) + "\n")
+            write_json(Path(options.json), result)
     except (TrainingError, ValueError) as error:
         sys.exit(f"error: {error}")

@@ -27,7 +27,9 @@ def build_parser(prog: str | None) -> ArgumentParser:
     parser = ArgumentParser(prog=prog, description=__doc__.splitlines()[0])
     parser.add_argument("run", type=str, help="finished run folder")
     parser.add_argument("folder", type=str, help="folder to write")
-    parser.add_argument("--weights", type=Literal["last", "best"], default="last", help="which")
+    parser.add_argument(
+        "--weights", type=Literal["last", "best"], default="last", help="which to export"
+    )
     parser.add_argument(
         "--float16", action="store_true", help="tensors of two or more dimensions in float16"
     )

@@ -12,7 +12,6 @@ once.
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from jsonargparse import ArgumentParser
 
 from gld_zoo.output import end, printing
 from gld_zoo.training.common.devices import measuring_device
-from gld_zoo.training.common.disk import write_text
+from gld_zoo.training.common.disk import write_json
 from gld_zoo.training.common.errors import TrainingError
 from gld_zoo.training.config.command_line import add_config, configs_first
 from gld_zoo.training.config.dataset_options import add_measuring_options, add_source_options
@@ -57,6 +56,6 @@ def cli(arguments: list[str], prog: str | None = None) -> None:
         )
         print(table(result))
         if options.json:
-            write_text(Path(options.json), json.dumps(result, indent=2) + "\n")
+            write_json(Path(options.json), result)
     except TrainingError as error:
         sys.exit(f"error: {error}")

@@ -102,8 +102,8 @@ class Options(ABC):
     )
     ema: float | None = option(
         None,
-        "decay a step of an average of the weights, such as 0.9998, which warms up and is measured "
-        "and exported in the weights' place; null for none",
+        "keep a running average of the weights with this decay a step, such as 0.9998, which is "
+        "measured and exported in their place; null for none",
         at_least=0,
         at_most=1,
     )

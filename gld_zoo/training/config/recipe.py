@@ -154,7 +154,7 @@ class Recipe(Options):
     )
     mixup: float = option(
         0.0,
-        "a of Beta(a, a), of which the shares of two mixed images are drawn; 0 for none",
+        "a of Beta(a, a), from which the share of each of two mixed images is drawn; 0 for none",
         at_least=0,
     )
     cutmix: float = option(
@@ -223,7 +223,7 @@ class Recipe(Options):
     )
     disagreement: float = option(
         1.0,
-        "weight of a cell where one of the teacher's global and local answers alone is right",
+        "weight of a cell where one alone of the teacher's answers, global or the cell's, is right",
         at_least=0,
     )
     label_smoothing: float = option(

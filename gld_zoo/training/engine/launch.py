@@ -89,7 +89,10 @@ def mistakes_told(recipe: Options, remedy: str) -> Iterator[None]:
 
 def full_gpu(error: torch.OutOfMemoryError, recipe: Options) -> str:
     """Return what to tell of a GPU whose memory is full, with the ways out that a recipe has."""
-    ways = ["a smaller batch_size or eval_batch_size", "--mixed_precision bf16"]
+    ways = [
+        "a smaller batch_size or eval_batch_size",
+        "ACCELERATE_MIXED_PRECISION=bf16 before the command",
+    ]
     known = {field.name for field in recipe.fields()}
     ways += [
         f"{name}: {value}"

@@ -11,6 +11,7 @@ import torch
 import torch.nn as nn
 from timm.utils import ModelEmaV3
 
+from gld_zoo.training.common.disk import write_json
 from gld_zoo.training.common.errors import DataError, NonFiniteLossError
 from gld_zoo.training.data.batches import EvalBatches, derive_seed
 from gld_zoo.training.engine import telling
@@ -255,7 +256,7 @@ class Trainer:
         summary.update(train_images=self.data.train.count, test_images=self.data.test.count)
         summary.update(self.task.more_summary(self.run.path))
         if self.accelerator.is_main_process:
-            self.run.write_json("summary.json", summary)
+            write_json(self.run.path / "summary.json", summary)
         self.accelerator.wait_for_everyone()
         return summary
 

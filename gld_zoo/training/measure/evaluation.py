@@ -41,8 +41,7 @@ def evaluate(
         name: timm name, hf-hub:ORG/NAME, local-dir:PATH or a run folder.
         source: The dataset.
         teacher: Such a name too, to compare with; it sees the same pixels in its own scale.
-        teacher_size: Side in pixels to which they are resized for it, 'own' for its own; None
-            leaves them as they are.
+        teacher_size: Side in pixels to resize them to for it, 'own' for its own; None: none.
         grid: Cells along each side of the feature map; 0 leaves the local rows out.
         image_size: Side in pixels; None takes the model's.
         batch_size: Images a forward pass.
@@ -63,14 +62,11 @@ def evaluate(
     batches = measuring_batches(source.test, measured, device, batch_size, workers)
     scores = collect(measured.model, batches, 0 if missing else grid, mirror=mirror)
     _draw(scores, labels, picture)
-    result = dict(
-        model=name,
-        dataset=source.name,
-        **of_scores(scores, measured, device),
-        mirror=mirror,
-        class_top1=dict(zip(labels, scores.top1_by_class(), strict=True)),
-        **(dict(local_top1=missing or scores.local_top1()) if grid else {}),
-    )
+    result = dict(model=name, dataset=source.name, **of_scores(scores, measured, device))
+    by_class = dict(zip(labels, scores.top1_by_class(), strict=True))
+    result.update(mirror=mirror, class_top1=by_class)
+    if grid:
+        result.update(local_top1=missing or scores.local_top1())
     if reference:
         result.update(teacher=teacher, **_compared(scores, reference, batches))
     return result

@@ -13,7 +13,14 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from gld_zoo.training.common.disk import lock, replace_folder, replacing, write_text, writing
+from gld_zoo.training.common.disk import (
+    lock,
+    replace_folder,
+    replacing,
+    write_json,
+    write_text,
+    writing,
+)
 from gld_zoo.training.common.errors import HeldError, RunError
 from gld_zoo.training.config.options import Options
 from gld_zoo.training.runs.curves import draw_curves, measured_split
@@ -137,7 +144,7 @@ class RunFolder:
                     "unbroken run"
                 )
             environment = dict(first, resumed=[*first.get("resumed", []), environment])
-        self.write_json("env.json", environment)
+        write_json(self.path / "env.json", environment)
 
     def set_aside(self, checkpoints: list[Path], accelerator: Accelerator) -> None:
         """Rename damaged checkpoints, which would count among those to keep."""
@@ -159,10 +166,6 @@ class RunFolder:
         self._drawn = now
         with replacing(self.path / "curves.png") as temporary:
             draw_curves(self.history, temporary, metric, title)
-
-    def write_json(self, name: str, content: dict[str, Any]) -> None:
-        """Write a file whole or not at all."""
-        write_text(self.path / name, json.dumps(content, indent=2) + "\n")
 
     def replace(self, name: str, write: Callable[[Path], object]) -> None:
         """Have a folder of the run written, whole or not at all, over an earlier one."""

@@ -235,9 +235,10 @@ class Distiller(Task):
             f"browser gld-zoo demo --model {run}{examples}"
         ]
         if self.taught_by is not None and self.source.is_labelled:
+            without = "--teacher null" + (" --views null" if self.recipe.views else "")
             steps += [
                 "to know what the teacher brought: gld-zoo distill --config "
-                f"{run}/recipe.yaml --teacher null --run {run}-alone, and then "
+                f"{run}/recipe.yaml {without} --run {run}-alone, and then "
                 f"gld-zoo compare {run}-alone {run}"
             ]
         if Path(self.source.name).name == BUNDLED:

@@ -21,7 +21,7 @@ from gld_zoo.training.build.fitted_head import (
     fit_classifier,
     head_of,
 )
-from gld_zoo.training.common.disk import replacing, sha256, write_text
+from gld_zoo.training.common.disk import replacing, sha256, write_json
 from gld_zoo.training.data.batches import EvalBatches
 from gld_zoo.training.data.rows import Rows, drawn_by_class
 from gld_zoo.training.teaching.together import of_all_processes
@@ -61,7 +61,7 @@ def save_head(fitted: FittedHead, weights: Path) -> None:
     with replacing(weights) as temporary:
         save_tensors(fitted.head.state_dict(), temporary)
     facts = dict(fitted.facts, sha256=sha256(weights))
-    write_text(weights.with_suffix(".json"), json.dumps(facts, indent=2) + "\n")
+    write_json(weights.with_suffix(".json"), facts)
 
 
 def fit_head(

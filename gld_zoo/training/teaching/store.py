@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from gld_zoo.hub import save_tensors
-from gld_zoo.training.common.disk import lock, replacing, sha256, write_text, writing
+from gld_zoo.training.common.disk import lock, replacing, sha256, write_json, writing
 from gld_zoo.training.common.errors import DiskError, HeldError, StoreError
 from gld_zoo.training.teaching.key import differences, key_of
 
@@ -137,7 +137,7 @@ class Store:
             self._lock = lock(self.folder / LOCK)
             self.check_own()
             if not (self.folder / INFO).is_file():
-                write_text(self.folder / INFO, json.dumps(self.info, indent=2) + "\n")
+                write_json(self.folder / INFO, self.info)
             (self.folder / PARTS).mkdir(exist_ok=True)
         except HeldError as error:
             return f"{error} is writing it"
@@ -284,7 +284,7 @@ class Store:
         with replacing(self.path(view)) as temporary:
             save_tensors(dict(rows=whole), temporary)
         told = dict(sha256=sha256(self.path(view)), seconds=round(seconds, 2), head=self.head)
-        write_text(self.path(view).with_suffix(".json"), json.dumps(dict(told, **record)) + "\n")
+        write_json(self.path(view).with_suffix(".json"), dict(told, **record))
         self.drop_parts(view)
         self.path(view).with_suffix(".damaged").unlink(missing_ok=True)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +11,7 @@ from accelerate import Accelerator
 
 from gld_zoo.distillation.teacher import HEAD_FILE, Teacher
 from gld_zoo.training.build.run_models import Models
-from gld_zoo.training.common.disk import write_text
+from gld_zoo.training.common.disk import write_json
 from gld_zoo.training.common.errors import DiskError, RunError
 from gld_zoo.training.config.recipe import Recipe
 from gld_zoo.training.data.batches import Data, EvalBatches, Share, WithRows
@@ -175,7 +174,7 @@ class TaughtBy:
         """Write what a fitted head scored beside it."""
         if self.head and self.run.accelerator.is_main_process:
             facts = dict(self.head, top1=self.top1, cells=self.cells)
-            write_text(folder / FACTS, json.dumps(facts, indent=2) + "\n")
+            write_json(folder / FACTS, facts)
 
     def rows(self, images: torch.Tensor, numbers: torch.Tensor | None) -> torch.Tensor:
         """Return its rows `[B, 1+L, K]` for a batch, those that are kept if they are.
