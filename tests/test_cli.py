@@ -17,7 +17,8 @@ from PIL import Image
 from gld_zoo import create_deeplabv3plus, global_local_logits
 from gld_zoo.cli import TRAINING_COMMANDS, main
 from gld_zoo.downstream.saving import save_downstream
-from gld_zoo.explain import HEAD, SIDE, drawable, explain, seen_part
+from gld_zoo.explain import HEAD, SIDE, explain, seen_part
+from gld_zoo.fonts import drawable
 from gld_zoo.hub import save_pretrained
 from gld_zoo.images import find_images, read_image
 from gld_zoo.predictor import Predictor, class_names
@@ -477,7 +478,7 @@ LETTERS = [
 def test_every_letter_drawn_is_one_of_the_fonts(text, alone, monkeypatch):
     ttlib = pytest.importorskip("fontTools.ttLib")
     if alone:  # Pillow's own font, which has ASCII
-        monkeypatch.setattr("gld_zoo.explain.SYSTEM_FONTS", ())
+        monkeypatch.setattr("gld_zoo.fonts.SYSTEM_FONTS", ())
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     drawn, font = drawable(text, 12)
     file = font.path if isinstance(font.path, str) else io.BytesIO(font.font_bytes)
@@ -487,19 +488,19 @@ def test_every_letter_drawn_is_one_of_the_fonts(text, alone, monkeypatch):
 
 
 def test_letters_that_no_font_has_are_spelt(monkeypatch):
-    monkeypatch.setattr("gld_zoo.explain.SYSTEM_FONTS", ())
+    monkeypatch.setattr("gld_zoo.fonts.SYSTEM_FONTS", ())
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert drawable("L\xf6we \u4e2d \xdf", 12)[0] == r"Lowe \u4e2d \xdf"
 
 
 def test_letters_that_a_font_has_are_kept(monkeypatch):
     pytest.importorskip("matplotlib")  # which brings one
-    monkeypatch.setattr("gld_zoo.explain.SYSTEM_FONTS", ())
+    monkeypatch.setattr("gld_zoo.fonts.SYSTEM_FONTS", ())
     assert drawable("L\xf6we \u4e2d \xdf", 12)[0] == "L\xf6we \\u4e2d \xdf"
 
 
 def test_the_picture_shows_letters_and_no_boxes(monkeypatch):
-    monkeypatch.setattr("gld_zoo.explain.SYSTEM_FONTS", ())
+    monkeypatch.setattr("gld_zoo.fonts.SYSTEM_FONTS", ())
     image, flat = Image.new("RGB", (60, 60), "grey"), torch.zeros(4, 4)
 
     def draw(name):
@@ -512,7 +513,7 @@ def test_the_picture_shows_letters_and_no_boxes(monkeypatch):
 
 
 def test_long_escapes_stay_in_their_cell(monkeypatch):
-    monkeypatch.setattr("gld_zoo.explain.SYSTEM_FONTS", ())
+    monkeypatch.setattr("gld_zoo.fonts.SYSTEM_FONTS", ())
     image, flat = Image.new("RGB", (60, 60), "grey"), torch.zeros(4, 4)
     for grid in (2, 4):
         labels = [" "] * (1 + grid**2)

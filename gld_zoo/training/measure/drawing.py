@@ -11,7 +11,7 @@ from timm.data import resolve_model_data_config
 from torchvision.transforms import v2
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
-from gld_zoo.explain import drawable
+from gld_zoo.fonts import drawable
 from gld_zoo.training.data.batches import Normalize
 from gld_zoo.training.data.segmentation_rows import MeasuringTransform
 
