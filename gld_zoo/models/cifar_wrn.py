@@ -142,6 +142,7 @@ def _cfg(weights: str = "", **kwargs: Any) -> dict[str, Any]:
 
 default_cfgs = generate_default_cfgs(
     {
+        "gld_wrn16_1.gldplus_cifar100": _cfg("gld_wrn16_1.gldplus_cifar100"),
         "gld_wrn16_1.wrn16_2_cifar100": _cfg("gld_wrn16_1.wrn16_2_cifar100"),
         "gld_wrn16_1.ce_cifar100": _cfg("gld_wrn16_1.ce_cifar100"),
         "gld_wrn16_2.ce_cifar100": _cfg("gld_wrn16_2.ce_cifar100"),
