@@ -41,7 +41,7 @@ def evaluate(
         name: timm name, hf-hub:ORG/NAME, local-dir:PATH or a run folder.
         source: The dataset.
         teacher: Such a name too, to compare with; it sees the same pixels in its own scale.
-        teacher_size: Side in pixels to resize them to for it, 'own' for its own; None: none.
+        teacher_size: Side in pixels to resize them to for it, or 'own'; None: as they are.
         grid: Cells along each side of the feature map; 0 leaves the local rows out.
         image_size: Side in pixels; None takes the model's.
         batch_size: Images a forward pass.
