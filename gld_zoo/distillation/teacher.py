@@ -173,10 +173,10 @@ class Teacher(nn.Module):
 
 
 class LinearHead(nn.Module):
-    """A fitted classifier as a teacher's head, frozen, in float32.
+    """A frozen linear classifier of standardised features: a teacher's fitted head, or a probe's.
 
     Args:
-        mean, std: Of the features, `[D]`.
+        mean, std: Of the features, `[D]`, in the type to compute in.
         weight: Of standardised features, `[K, D]`.
         bias: `[K]`.
     """

@@ -18,35 +18,6 @@ HELD_OUT = 0.1  # of the training images, to choose the penalty
 Features = tuple[torch.Tensor, torch.Tensor]  # `[N, V, D]` of V views of each image; classes `[N]`
 
 
-class Classifier(torch.nn.Module):
-    """A linear classifier of standardised features.
-
-    Args:
-        mean, std: Of the features, `[D]`, in the type to compute in.
-        classes: K.
-    """
-
-    def __init__(self, mean: torch.Tensor, std: torch.Tensor, classes: int) -> None:
-        super().__init__()
-        self.mean, self.std = mean, std
-        self.weight = torch.nn.Parameter(mean.new_zeros(classes, len(mean)))
-        self.bias = torch.nn.Parameter(mean.new_zeros(classes))
-
-    def standardize(self, features: torch.Tensor) -> torch.Tensor:
-        """Shift and scale features `[N, D]` to mean 0 and standard deviation 1 in training."""
-        return (features.to(self.mean.dtype) - self.mean) / self.std
-
-    def forward(self, standardized: torch.Tensor) -> torch.Tensor:
-        """Map standardised features `[N, D]` to logits `[N, K]`."""
-        return F.linear(standardized, self.weight, self.bias)
-
-
-def head_of(classifier: Classifier) -> LinearHead:
-    """Return what `fit_classifier` found as a teacher's head."""
-    parts = classifier.mean, classifier.std, classifier.weight, classifier.bias
-    return LinearHead(*(part.detach().float() for part in parts))
-
-
 def check_features_fit(width: int, images: int, *, views: int, remedy: str) -> None:
     """Refuse features of more images than this machine has memory for.
 
@@ -97,8 +68,8 @@ def fit_classifier(
     penalty: float,
     *,
     dtype: torch.dtype = torch.float64,
-    start: Classifier | None = None,
-) -> Classifier:
+    start: LinearHead | None = None,
+) -> LinearHead:
     """Fit multinomial logistic regression: mean cross-entropy + penalty / 2 · |weight|².
 
     Args:
@@ -107,19 +78,21 @@ def fit_classifier(
         classes: K.
         penalty: On the weights of standardised features, not on the bias.
         dtype: To compute in.
-        start: A classifier fitted to the same features, to begin at; None begins at zero.
+        start: A head fitted to the same features, to begin at; None begins at zero.
     """
     target = target.repeat_interleave(features.shape[1])
     rows = features.flatten(0, 1)
     mean, std = rows.double().mean(0), rows.double().std(0)
     # a feature that never changes says nothing: leave it at 0 instead of dividing by it
     std = torch.where(std > 0, std, 1)
-    classifier = Classifier(mean.to(dtype), std.to(dtype), classes)
+    mean, std = mean.to(dtype), std.to(dtype)
+    weight, bias = mean.new_zeros(classes, len(mean)), mean.new_zeros(classes)
     if start is not None:
-        classifier.load_state_dict(start.state_dict())
-    inputs = classifier.standardize(rows)
+        weight, bias = start.weight.clone(), start.bias.clone()
+    parameters = [weight.requires_grad_(), bias.requires_grad_()]
+    standardised = (rows.to(dtype) - mean) / std
     optimizer = torch.optim.LBFGS(
-        classifier.parameters(),
+        parameters,
         max_iter=1000,
         tolerance_grad=1e-6,
         tolerance_change=1e-12,
@@ -128,17 +101,17 @@ def fit_classifier(
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
-        loss = F.cross_entropy(classifier(inputs), target)
-        loss = loss + penalty / 2 * classifier.weight.square().sum()
+        loss = F.cross_entropy(F.linear(standardised, weight, bias), target)
+        loss = loss + penalty / 2 * weight.square().sum()
         loss.backward()
         return loss
 
     optimizer.step(cast(Any, closure))
-    return classifier
+    return LinearHead(mean, std, weight.detach(), bias.detach())
 
 
 @torch.no_grad()
-def top1_of(classifier: Classifier, features: torch.Tensor, target: torch.Tensor) -> float:
+def top1_of(head: LinearHead, features: torch.Tensor, target: torch.Tensor) -> float:
     """Return the top-1 in % on features `[N, 1, D]`."""
-    guess = classifier(classifier.standardize(features[:, 0])).argmax(1)
+    guess = head(features[:, 0]).argmax(1)
     return 100 * (guess == target).double().mean().item()

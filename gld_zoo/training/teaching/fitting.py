@@ -19,7 +19,6 @@ from gld_zoo.training.build.fitted_head import (
     check_features_fit,
     choose_penalty,
     fit_classifier,
-    head_of,
 )
 from gld_zoo.training.common.disk import replacing, sha256, write_json
 from gld_zoo.training.data.batches import EvalBatches
@@ -100,9 +99,9 @@ def fit_head(
     if held.any():
         kept = features[~held], labels[~held]
         penalty = choose_penalty(kept, (features[held], labels[held]), rows.classes)
-    classifier = fit_classifier(features, labels, rows.classes, penalty)
+    head = fit_classifier(features, labels, rows.classes, penalty).float()
     facts = dict(teacher=of, images=len(rows), penalty=penalty)
-    return FittedHead(head_of(classifier), facts)
+    return FittedHead(head, facts)
 
 
 @torch.no_grad()
