@@ -24,6 +24,7 @@ def run(code):
     return result.stdout
 
 
+@pytest.mark.slow
 def test_import_is_cheap_quiet_and_offline():
     output = run(
         "import logging, random, socket, sys, time\n"

@@ -45,6 +45,7 @@ def test_maps_are_ssd300s(backbone):
     assert logits.shape == (1, 8732, 3)
 
 
+@pytest.mark.slow
 def test_default_boxes_are_those_of_torchvisions_ssd300(model):
     theirs = ssd300_vgg16(weights=None, weights_backbone=None).anchor_generator
     images = ImageList(torch.zeros(1, 3, 300, 300), [(300, 300)])

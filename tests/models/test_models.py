@@ -17,7 +17,6 @@ import gld_zoo
 
 MODELS = timm.list_models("gld_*")
 SMALL = [name for name in MODELS if name not in ("gld_resnet18", "gld_resnet34")]
-ONE_OF_EACH = ("gld_resnet18", "gld_resnet20", "gld_wrn16_1")
 every_model = pytest.mark.parametrize("name", MODELS)
 
 PARAMETERS = dict(
@@ -207,14 +206,8 @@ def test_impossible_architectures_are_named(name, options):
         timm.create_model(name, **options)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        # the others have more of the same layers
-        pytest.param(name, marks=[] if name in ONE_OF_EACH else [pytest.mark.slow])
-        for name in timm.list_models("gld_*")
-    ],
-)
+@pytest.mark.slow
+@every_model
 @torch.no_grad()
 def test_scripts_compiles_and_exports(name):
     torch._dynamo.reset()  # or eleven models of the same code exceed its limit of recompilations

@@ -259,6 +259,7 @@ def test_a_resumed_run_keeps_its_first_environment(student_run, tmp_path, distil
     assert [resumed["processes"] for resumed in after["resumed"]] == [1]
 
 
+@pytest.mark.slow
 def test_a_run_does_not_go_on_with_other_images_or_another_teacher(
     rows, teacher_run, tmp_path, distill
 ):

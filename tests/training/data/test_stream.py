@@ -33,7 +33,7 @@ def streamed(stream, **options):
     return StreamBatches(stream.train, transform, NORMALIZE, **{**defaults, **options})
 
 
-@pytest.mark.parametrize("workers", [0, 2, pytest.param(9, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("workers", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 9))])
 def test_a_stream_repeats_and_a_resumed_one_goes_on(stream, workers):
     batches = streamed(stream, workers=workers)
     assert len(batches) == 4

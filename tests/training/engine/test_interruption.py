@@ -295,6 +295,7 @@ def test_a_stream_goes_on_with_as_many_workers_alone(rows, tmp_path, distill):
     assert "workers: 1 here, 0 there" in output
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_and_loses_nothing(student_run, tmp_path, distill):
     """A limit on the size of files stands for the disk: the weights do not fit."""
     run = tmp_path / "run"

@@ -339,6 +339,7 @@ def test_epochs_between_measurements_have_no_score_and_the_last_one_has(
     assert "epoch 2/5  top-1 test" in printed
 
 
+@pytest.mark.slow
 def test_curves_are_drawn_at_most_once_a_minute_and_at_the_end(tiny_dataset, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(
@@ -406,6 +407,7 @@ def test_the_students_own_options_reach_timm_and_its_folder(tiny_dataset, tmp_pa
             build(tiny_dataset, tmp_path / "other", student="resnet18", student_args=options)
 
 
+@pytest.mark.slow
 def test_checkpointed_gradients_are_the_same(tiny_dataset, tmp_path):
     gradients = []
     images, target = torch.randn(8, 3, 32, 32), torch.randint(4, (8,))

@@ -67,6 +67,7 @@ DECIDING = [
 ]
 
 
+@pytest.mark.slow
 def test_what_decides_a_row_decides_the_key(recipe):
     keys = [key_of(recipe), *(key_of(replace(recipe, **changes)) for changes in DECIDING)]
     repeated = [DECIDING[i - 1] for i, key in enumerate(keys) if keys.index(key) != i]

@@ -96,6 +96,7 @@ def test_a_store_gives_the_rows_and_the_losses_of_the_living_teacher(
     assert losses["halves"][:5] == pytest.approx(losses["living"][:5], rel=1e-2)
 
 
+@pytest.mark.slow
 def test_a_store_changes_no_bit_of_its_own_and_holds_the_images_that_batches_leave_out(
     options, tmp_path, distill
 ):
@@ -111,7 +112,8 @@ def test_a_store_changes_no_bit_of_its_own_and_holds_the_images_that_batches_lea
     store_command.cli(["verify", str(folder), "--sample", "64"])  # all images, the 16 too
 
 
-@pytest.mark.parametrize("in_memory", ["null", pytest.param("false", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("in_memory", ["null", "false"])
 def test_a_time_limit_within_a_view_changes_no_bit(options, tmp_path, distill, in_memory):
     reading = ["--in_memory", in_memory, "--workers", 0]
     kept = [*options, *reading, "--teacher_store"]
@@ -163,13 +165,8 @@ def refuse_writing(*_, **__):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize(
-    "when",
-    [
-        "at once",
-        *(pytest.param(each, marks=pytest.mark.slow) for each in ("at a part", "at the join")),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["at once", "at a part", "at the join"])
 def test_a_disk_that_refuses_costs_the_store_and_no_bit(
     options, tmp_path, distill, monkeypatch, when
 ):
