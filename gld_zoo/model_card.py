@@ -24,7 +24,7 @@ CIFAR100_TERMS = (
 )
 OWN_RECIPE = "recipe.yaml"  # of a row whose options are no change of a recipe that ships
 LISTED = 20  # classes that a card names
-TAGS = ["timm", "image-classification", "knowledge-distillation"]
+TAGS = ["timm", "image-classification"]
 
 
 def model_card(
@@ -44,10 +44,10 @@ def model_card(
             `parameters`, `recipe`, `changes`, `precision`, `hardware`, `sha256` and `runs`, whose
             first has `seed`, `commit`, `top1`, `top5`, `best_epoch` and `best_epoch_top1` (and
             `best_epoch_split`, 'test' without it). Optional are `license`, a hub identifier,
-            `finetuned_from`, the name of the weights it began with, `selected`, true if they are
-            the best epoch's instead of the last, `test_split`, the name of the split measured on,
-            and `files`, lines about other files. None is for a model of which nothing was measured,
-            and the card says so.
+            `by_gld`, false if the teacher taught by another loss than GLD's, `finetuned_from`, the
+            name of the weights it began with, `selected`, true if they are the best epoch's instead
+            of the last, `test_split`, the name of the split measured on, and `files`, lines about
+            other files. None is for a model of which nothing was measured, and the card says so.
         repo_id: ORG/NAME, where the model will be.
         label_names: Of its classes in order; None takes those of its cfg, if there are any.
 
@@ -87,13 +87,12 @@ def _title(row: Row) -> str:
 def _origin(row: Row | None) -> str:
     if row is None:
         return "with weights of unstated origin"
-    origin = "trained on the labels alone"
-    if row.teacher:
-        origin = f"distilled by GLD from {_teacher(row.teacher)}"
-    if row.finetuned_from:
-        origin = f"fine-tuned from `{row.finetuned_from}`, {origin}"
-    about = '"Distilling Global and Local Logits with Densely Connected Relations"'
-    return f"{origin}: {about} (Kim et al., ICCV 2021), trained by gld_zoo"
+    start = f"fine-tuned from `{row.finetuned_from}`, " if row.finetuned_from else ""
+    if not row.teacher:
+        return f"{start}trained by gld_zoo on the labels alone"
+    origin = f"{start}distilled{' by GLD' * row.by_gld} from {_teacher(row.teacher)} with gld_zoo"
+    paper = '"Distilling Global and Local Logits with Densely Connected Relations"'
+    return origin + f": {paper} (Kim et al., ICCV 2021)" * row.by_gld
 
 
 def _teacher(teacher: TeacherRecord) -> str:
@@ -163,7 +162,7 @@ def _metadata(row: Row | None, repo_id: str) -> ModelCardData:
         model_name=repo_id.split("/")[-1],
         library_name="timm",
         pipeline_tag="image-classification",
-        tags=TAGS,
+        tags=TAGS + ["knowledge-distillation"] * bool(row and row.teacher),
     )
     if row is None:
         return ModelCardData(**common)

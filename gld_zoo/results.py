@@ -63,6 +63,7 @@ class Row:
 
     `dataset` is a hub id or any name; `recipe` a recipe's name and `changes` the options that were
     set otherwise; `file` the file of weights that ships, if one does, and `sha256` its hash.
+    `by_gld` is false where the teacher taught by a part of GLD's loss, or another's.
     `finetuned_from` names the weights that the runs began with, `selected` says that the weights
     are the best epoch's instead of the last, `files` are lines about what lies beside them.
     """
@@ -84,6 +85,7 @@ class Row:
     versions: dict[str, str] = field(default_factory=dict)
     file: str | None = None
     license: str | None = None
+    by_gld: bool = True
     finetuned_from: str | None = None
     selected: bool = False
     test_split: str = "test"

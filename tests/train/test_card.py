@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shlex
+from dataclasses import replace
 
 import pytest
 import timm
@@ -88,6 +89,12 @@ def test_a_row_that_lacks_something_is_named():
         Row.from_dict(dict(row().to_dict(), licence="mit"))
     with pytest.raises(ValueError, match=r"results has no teacher\.name"):
         Row.from_dict(dict(row().to_dict(), teacher=dict(sha256="x")))
+
+
+def test_rows_are_credited_to_gld_by_what_their_recipe_says():
+    for each in TRAINED.values():
+        recipe = replace(Recipe.load(recipes.path_of(each.recipe)), **each.changes)
+        assert each.by_gld == (recipe.teaches_by_gld or not recipe.teacher)
 
 
 def test_each_run_has_one_command_that_is_its_recipe_with_its_changes():

@@ -312,6 +312,15 @@ class Recipe(Options):
         return bool(self.teacher) and self.teacher_head == "none"
 
     @property
+    def teaches_by_gld(self) -> bool:
+        """Whether the loss has all of GLD's terms, whatever their weights, of its logits."""
+        weights = [self.local_weight, self.relation_weight, self.alpha]
+        if self.global_weight is not None:
+            weights[-1] = self.global_weight
+        whole = all(weights) and self.standardise and self.temperature == 1
+        return bool(self.teacher) and whole and not self.teaches_relations
+
+    @property
     def needs_labels(self) -> bool:
         """Whether there must be classes to learn."""
         return not self.teaches_relations

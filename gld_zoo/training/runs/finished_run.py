@@ -103,6 +103,7 @@ class FinishedRun:
             hardware=_hardware(self.launches),
             processes=self.environment["processes"],
             versions=self.environment["versions"],
+            by_gld=self.recipe.teaches_by_gld or not self.recipe.teacher,
         )
 
     def scores(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
+from gld_zoo.model_card import model_card
 from gld_zoo.results import TeacherRecord
 from gld_zoo.training.commands.export import cli
 from gld_zoo.training.common.disk import sha256
@@ -19,7 +20,7 @@ from gld_zoo.training.data.sources import ImageSource
 from gld_zoo.training.publish import onnx_files
 from gld_zoo.training.publish.onnx_files import OnnxModel
 from gld_zoo.training.runs.finished_run import FinishedRun
-from helpers import FEATURES, SMALL_RUN, read_lines, write_dataset
+from helpers import FEATURES, SMALL_RUN, read_lines, row, write_dataset
 
 
 @pytest.fixture
@@ -70,6 +71,23 @@ def test_a_card_names_teacher_and_classes(student_run, export, tmp_path):
     assert f"distilled by GLD from `{architecture}` (top-1 {top1:.2f} %)" in text
     assert "It knows 4 classes: apple, aquarium_fish, baby, bear." in text
     assert "`recipe.yaml` beside this card holds every option" in text
+
+
+def test_a_card_credits_gld_with_its_own_students_alone(teacher_run, export, tmp_path):
+    export(teacher_run, tmp_path / "alone")
+    alone = ModelCard.load(tmp_path / "alone" / "README.md")
+    assert "trained by gld_zoo on the labels alone." in alone.text
+    assert "knowledge-distillation" not in alone.data.tags
+    other = dict(beta=0, local_weight=0, standardise=False, temperature=4)
+    for changes, by_gld in ((other, False), (dict(global_weight=0), False), (dict(beta=9), True)):
+        recipe = Recipe(student="x", teacher="resnet18", **changes)
+        assert recipe.teaches_by_gld == by_gld
+        results = row(teacher=dict(name="resnet18"), by_gld=by_gld).to_dict()
+        card = model_card(timm.create_model("gld_wrn16_1"), results, "org/name")
+        method = "distilled by GLD from" if by_gld else "distilled from"
+        assert f"{method} `resnet18` with gld_zoo" in card.text
+        assert ("Kim et al." in card.text) == by_gld
+        assert "knowledge-distillation" in card.data.tags
 
 
 def test_a_card_tells_of_a_head_that_was_fitted():
