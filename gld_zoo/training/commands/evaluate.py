@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeInt
 
 from gld_zoo.output import end, printing
@@ -23,6 +23,7 @@ from gld_zoo.training.config.dataset_options import add_measuring_options, add_s
 from gld_zoo.training.measure.evaluation import evaluate
 from gld_zoo.training.measure.inputs import open_test_source, recipe_of
 from gld_zoo.training.measure.tables import table
+from gld_zoo.training.runs.finished_run import resolved
 
 
 @printing(failed=end)
@@ -35,7 +36,8 @@ def cli(arguments: list[str], prog: str | None = None) -> None:
     parser.add_argument(
         "--teacher_size",
         type=int | Literal["own"] | None,
-        help="side of the images it sees, or own; null: as the run's recipe has it",
+        help="side of the images it sees, or own; null: as a run showed them to its own teacher, "
+        "and to another as they are",
     )
     add_source_options(parser, required=False)
     add_measuring_options(parser)
@@ -48,12 +50,11 @@ def cli(arguments: list[str], prog: str | None = None) -> None:
     parser.add_argument("--picture", type=Path | None, help="PNG of which class is taken for which")
     options = parser.parse_args(arguments)
     try:
-        run = recipe_of(options.model)
         result = evaluate(
             options.model,
             open_test_source(options, [options.model]),
             teacher=options.teacher,
-            teacher_size=options.teacher_size or getattr(run, "teacher_size", None),
+            teacher_size=options.teacher_size or _size_in_the_run(options),
             grid=options.grid,
             image_size=options.image_size,
             batch_size=options.batch_size,
@@ -67,3 +68,11 @@ def cli(arguments: list[str], prog: str | None = None) -> None:
             write_json(Path(options.json), result)
     except (TrainingError, ValueError) as error:
         sys.exit(f"error: {error}")
+
+
+def _size_in_the_run(options: Namespace) -> int | Literal["own"] | None:
+    """Return how large a run's images were for its teacher, if that is the one compared with."""
+    run = recipe_of(options.model)
+    if not run or not run.teacher or not options.teacher:
+        return None
+    return run.teacher_size if resolved(run.teacher) == resolved(options.teacher) else None

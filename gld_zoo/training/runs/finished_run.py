@@ -79,7 +79,7 @@ class FinishedRun:
         name = self.recipe.teacher
         if not name:
             return None
-        folder = _resolved(name)
+        folder = resolved(name)
         config = Path(folder.removeprefix("local-dir:")) / "config.json"
         if folder.startswith("local-dir:") and config.is_file():
             name = str(json.loads(config.read_text(encoding="utf-8"))["architecture"])
@@ -159,7 +159,8 @@ def _schedule(recipe: Recipe) -> str:
     return " ".join(words)
 
 
-def _resolved(name: str) -> str:
+def resolved(name: str) -> str:
+    """Return a model's name as timm loads it, that of a folder that is gone as it is."""
     try:
         return resolve_name(name)
     except ValueError:  # what was there is gone
@@ -168,7 +169,7 @@ def _resolved(name: str) -> str:
 
 def _portable(name: str) -> str:
     """Return a model's name, of a folder the last two parts alone."""
-    name = _resolved(name)
+    name = resolved(name)
     if not name.startswith("local-dir:"):
         return name
     return "local-dir:" + "/".join(Path(name.removeprefix("local-dir:")).parts[-2:])
