@@ -22,8 +22,9 @@ def path_of(name: str) -> Path:
     """
     known = names()
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=5, cutoff=0.5) or known
-        raise ValueError(f"there is no recipe {name!r}; there are {', '.join(near)}")
+        near = difflib.get_close_matches(name, known, n=5, cutoff=0.5)
+        told = f"the nearest: {', '.join(near)}" if near else f"there are {', '.join(known)}"
+        raise ValueError(f"there is no recipe {name!r}; {told}")
     return FOLDER / f"{name}.yaml"
 
 

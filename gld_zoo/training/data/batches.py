@@ -103,6 +103,19 @@ class Share:
         return batch_size // self.world_size
 
 
+def check_fills_a_batch(count: int, batch_size: int) -> None:
+    """Refuse fewer training images than one step takes.
+
+    Raises:
+        DataError: If there are.
+    """
+    if count < batch_size:
+        raise DataError(
+            f"the training split has {count} images, fewer than batch_size={batch_size}; use a "
+            "smaller --batch_size, or more images"
+        )
+
+
 def derive_seed(*parts: int) -> int:
     """Hash integers to the 32 bits that torch's CPU generator takes."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big")

@@ -15,6 +15,7 @@ from gld_zoo.training.data.batches import (
     Drawing,
     Normalize,
     Share,
+    check_fills_a_batch,
     derive_seed,
     mirrored_first,
 )
@@ -106,10 +107,7 @@ class KeyedBatches:
         pin: bool,
     ) -> None:
         self.count = len(examples)
-        if self.count < batch_size:
-            raise DataError(
-                f"the training split has {self.count} images, fewer than batch_size={batch_size}"
-            )
+        check_fills_a_batch(self.count, batch_size)
         self.to_device = to_device
         self.order = _Order(self.count, batch_size, drawing, share)
         self.reading = functools.partial(build_loader, examples, collate, pin=pin)

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torchvision.transforms import v2
 
-from gld_zoo.training.common.errors import DataError
 from gld_zoo.training.data.batches import (
     Batch,
     Drawing,
     Normalize,
     Share,
+    check_fills_a_batch,
     cut_out,
     epoch_generator,
     mirrored_first,
@@ -107,10 +107,7 @@ class MemoryBatches:
         cutout: int = 0,
     ) -> None:
         self.count = len(split.labels)
-        if self.count < batch_size:
-            raise DataError(
-                f"the training split has {self.count} images, fewer than batch_size={batch_size}"
-            )
+        check_fills_a_batch(self.count, batch_size)
         self.labels = split.labels.to(normalize.device)
         self.size = split.images.shape[1] - 2 * crop_padding
         self.images = split.images.to(normalize.device)

@@ -11,7 +11,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from torchvision.transforms import v2
 
 from gld_zoo.training.common.errors import DataError
-from gld_zoo.training.data.batches import Batch, Normalize, Share, derive_seed
+from gld_zoo.training.data.batches import Batch, Normalize, Share, check_fills_a_batch, derive_seed
 from gld_zoo.training.data.keyed import (
     PixelsToDevice,
     Sample,
@@ -99,11 +99,8 @@ class StreamBatches:
         workers: int,
     ) -> None:
         self.count = count or len(rows)
+        check_fills_a_batch(self.count, batch_size)
         self.steps = self.count // batch_size
-        if not self.steps:
-            raise DataError(
-                f"the training split has {self.count} images, fewer than batch_size={batch_size}"
-            )
         self.to_device = PixelsToDevice(normalize)
         self.batch_size = share.batch_size(batch_size)
         self.images = _StreamedImages(rows, transform, seed, share, buffer=buffer)

@@ -314,7 +314,7 @@ def test_compiled_run_trains(tiny_dataset, tmp_path, distill):
         (["--test_split", "dev"], "no split 'dev'; it has train, test"),
         (["--teacher", "gld_resnet44"], "No pretrained weights exist for gld_resnet44"),
         (["--student", "no_such_model"], "student='no_such_model'"),
-        (["--batch_size", "65"], "64 images, fewer than batch_size=65"),
+        (["--batch_size", "65"], "64 images, fewer than batch_size=65; use a smaller"),
         (["--student", "gld_resnet18", "--image_size", "32"], "at least 2x2, got 1x1"),
         (["--student", "efficientvit_b0"], "EfficientVit does not begin with average pooling"),
         (["--no_such_option", "1"], "no_such_option"),

@@ -310,7 +310,7 @@ def test_options_may_stand_in_a_files_place():
     [
         ("train/recipes/quickstart.yaml", "part of the package: name it by --config quickstart"),
         ("quickstart.yaml", "part of the package: name it by --config quickstart"),
-        ("quikstart", "there is no recipe 'quikstart'; there are quickstart"),
+        ("quikstart", "there is no recipe 'quikstart'; the nearest: quickstart"),
         ("detect_coco128", "detect_coco128 is a recipe of gld-zoo detect"),
         ("", "the name of the recipe is empty"),
     ],
