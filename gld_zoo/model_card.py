@@ -44,10 +44,11 @@ def model_card(
             `parameters`, `recipe`, `changes`, `precision`, `hardware`, `sha256` and `runs`, whose
             first has `seed`, `commit`, `top1`, `top5`, `best_epoch` and `best_epoch_top1` (and
             `best_epoch_split`, 'test' without it). Optional are `license`, a hub identifier,
-            `by_gld`, false if the teacher taught by another loss than GLD's, `finetuned_from`, the
-            name of the weights it began with, `selected`, true if they are the best epoch's instead
-            of the last, `test_split`, the name of the split measured on, and `files`, lines about
-            other files. None is for a model of which nothing was measured, and the card says so.
+            `by_gld`, false if the teacher taught by a part of GLD's loss or by another (without it
+            GLD is credited), `finetuned_from`, the name of the weights it began with, `selected`,
+            true if they are the best epoch's instead of the last, `test_split`, the name of the
+            split measured on, and `files`, lines about other files. None is for a model of which
+            nothing was measured, and the card says so.
         repo_id: ORG/NAME, where the model will be.
         label_names: Of its classes in order; None takes those of its cfg, if there are any.
 

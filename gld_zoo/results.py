@@ -63,7 +63,7 @@ class Row:
 
     `dataset` is a hub id or any name; `recipe` a recipe's name and `changes` the options that were
     set otherwise; `file` the file of weights that ships, if one does, and `sha256` its hash.
-    `by_gld` is false where the teacher taught by a part of GLD's loss, or another's.
+    `by_gld` is false where the teacher taught by a part of GLD's loss or by another.
     `finetuned_from` names the weights that the runs began with, `selected` says that the weights
     are the best epoch's instead of the last, `files` are lines about what lies beside them.
     """

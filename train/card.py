@@ -136,8 +136,10 @@ def commands(results: Results) -> list[str]:
     lines, taken = [], set()
     for name, row in sorted(results.rows.items(), key=lambda item: item[1].teacher is not None):
         for seed in (run.seed for run in row.runs):
-            folder = (row.recipe, seed)
-            lines.append(command(name, row, seed, own_folder=folder in taken))
+            # without its teacher a recipe makes another thing, whose folder it is not
+            folder = (row.recipe, seed, "teacher" in row.changes)
+            own = folder in taken or folder[-1]
+            lines.append(command(name, row, seed, own_folder=own))
             taken.add(folder)
     return ["```bash", *lines, "```"]
 

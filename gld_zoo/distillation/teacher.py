@@ -190,7 +190,8 @@ class LinearHead(nn.Module):
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Map features `[..., D]` to logits `[..., K]`."""
-        return F.linear((features - self.mean) / self.std, self.weight, self.bias)
+        standardised = (features.to(self.mean.dtype) - self.mean) / self.std
+        return F.linear(standardised, self.weight, self.bias)
 
 
 def take_size(model: Any, size: int) -> None:

@@ -88,7 +88,7 @@ def fit_classifier(
     mean, std = mean.to(dtype), std.to(dtype)
     weight, bias = mean.new_zeros(classes, len(mean)), mean.new_zeros(classes)
     if start is not None:
-        weight, bias = start.weight.clone(), start.bias.clone()
+        weight, bias = (part.to(dtype, copy=True) for part in (start.weight, start.bias))
     parameters = [weight.requires_grad_(), bias.requires_grad_()]
     standardised = (rows.to(dtype) - mean) / std
     optimizer = torch.optim.LBFGS(

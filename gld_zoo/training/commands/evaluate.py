@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser
 from jsonargparse.typing import NonNegativeInt
 
 from gld_zoo.output import end, printing
@@ -23,7 +23,6 @@ from gld_zoo.training.config.dataset_options import add_measuring_options, add_s
 from gld_zoo.training.measure.evaluation import evaluate
 from gld_zoo.training.measure.inputs import open_test_source, recipe_of
 from gld_zoo.training.measure.tables import table
-from gld_zoo.training.runs.finished_run import resolved
 
 
 @printing(failed=end)
@@ -36,8 +35,7 @@ def cli(arguments: list[str], prog: str | None = None) -> None:
     parser.add_argument(
         "--teacher_size",
         type=int | Literal["own"] | None,
-        help="side of the images it sees, or own; null: as a run showed them to its own teacher, "
-        "and to another as they are",
+        help="side of the images it sees, or own; null: as the run's recipe has it",
     )
     add_source_options(parser, required=False)
     add_measuring_options(parser)
@@ -50,11 +48,12 @@ def cli(arguments: list[str], prog: str | None = None) -> None:
     parser.add_argument("--picture", type=Path | None, help="PNG of which class is taken for which")
     options = parser.parse_args(arguments)
     try:
+        run = recipe_of(options.model)
         result = evaluate(
             options.model,
             open_test_source(options, [options.model]),
             teacher=options.teacher,
-            teacher_size=options.teacher_size or _size_in_the_run(options),
+            teacher_size=options.teacher_size or getattr(run, "teacher_size", None),
             grid=options.grid,
             image_size=options.image_size,
             batch_size=options.batch_size,
@@ -68,11 +67,3 @@ def cli(arguments: list[str], prog: str | None = None) -> None:
             write_json(Path(options.json), result)
     except (TrainingError, ValueError) as error:
         sys.exit(f"error: {error}")
-
-
-def _size_in_the_run(options: Namespace) -> int | Literal["own"] | None:
-    """Return how large a run's images were for its teacher, if that is the one compared with."""
-    run = recipe_of(options.model)
-    if not run or not run.teacher or not options.teacher:
-        return None
-    return run.teacher_size if resolved(run.teacher) == resolved(options.teacher) else None

@@ -313,12 +313,11 @@ class Recipe(Options):
 
     @property
     def teaches_by_gld(self) -> bool:
-        """Whether the loss has all of GLD's terms, whatever their weights, of its logits."""
-        weights = [self.local_weight, self.relation_weight, self.alpha]
-        if self.global_weight is not None:
-            weights[-1] = self.global_weight
-        whole = all(weights) and self.standardise and self.temperature == 1
-        return bool(self.teacher) and whole and not self.teaches_relations
+        """Whether a teacher teaches by all of GLD's terms, whatever their weights and the grid."""
+        global_weight = self.alpha if self.global_weight is None else self.global_weight
+        terms = all((global_weight, self.local_weight, self.relation_weight))
+        as_there = self.standardise and self.temperature == self.disagreement == 1
+        return bool(self.teacher) and terms and as_there and not self.teaches_relations
 
     @property
     def needs_labels(self) -> bool:

@@ -68,7 +68,8 @@ def evaluate(
     if grid:
         result.update(local_top1=missing or scores.local_top1())
     if reference:
-        result.update(teacher=teacher, **_compared(scores, reference, batches))
+        shown = dict(teacher=teacher, teacher_image_size=reference.size)
+        result.update(shown, **_compared(scores, reference, batches))
     return result
 
 

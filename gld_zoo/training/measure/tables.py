@@ -10,7 +10,8 @@ WORST = 10  # classes that the table shows, of few only half of them
 def table(result: dict[str, Any]) -> str:
     """Return a result as lines of name and value for people."""
     percent = ("top1", "top5", "train_top1", "teacher_top1", "agreement", "calibration_error")
-    units = dict.fromkeys(percent, "%") | dict(image_size="px", images_per_second="")
+    units = dict.fromkeys(percent, "%") | dict.fromkeys(("image_size", "teacher_image_size"), "px")
+    units["images_per_second"] = ""
     lines = []
     for name, value in result.items():
         if isinstance(value, dict):

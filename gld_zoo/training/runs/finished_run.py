@@ -79,7 +79,7 @@ class FinishedRun:
         name = self.recipe.teacher
         if not name:
             return None
-        folder = resolved(name)
+        folder = _resolved(name)
         config = Path(folder.removeprefix("local-dir:")) / "config.json"
         if folder.startswith("local-dir:") and config.is_file():
             name = str(json.loads(config.read_text(encoding="utf-8"))["architecture"])
@@ -159,8 +159,7 @@ def _schedule(recipe: Recipe) -> str:
     return " ".join(words)
 
 
-def resolved(name: str) -> str:
-    """Return a model's name as timm loads it, that of a folder that is gone as it is."""
+def _resolved(name: str) -> str:
     try:
         return resolve_name(name)
     except ValueError:  # what was there is gone
@@ -169,7 +168,7 @@ def resolved(name: str) -> str:
 
 def _portable(name: str) -> str:
     """Return a model's name, of a folder the last two parts alone."""
-    name = resolved(name)
+    name = _resolved(name)
     if not name.startswith("local-dir:"):
         return name
     return "local-dir:" + "/".join(Path(name.removeprefix("local-dir:")).parts[-2:])

@@ -1,7 +1,6 @@
 """Evaluation: numbers that can be worked out by hand, and the scores of a run's own log."""
 
 import json
-import shutil
 
 import pytest
 import timm
@@ -218,12 +217,9 @@ def test_a_runs_teacher_is_shown_images_as_the_run_showed_them(
     cli(arguments)
     found = json.loads(out.read_text())
     assert found["teacher_top1"] == pytest.approx(told)
+    assert found["teacher_image_size"] == 20
     cli([*arguments, "--teacher_size", "own"])
-    full = json.loads(out.read_text())["teacher_top1"]
-    assert full != pytest.approx(told)
-    another = shutil.copytree(teacher_run / "last", tmp_path / "another")
-    cli([*arguments, "--teacher", f"local-dir:{another}"])  # which the run never showed anything
-    assert json.loads(out.read_text())["teacher_top1"] == pytest.approx(full)
+    assert json.loads(out.read_text())["teacher_top1"] != pytest.approx(told)
 
 
 def test_classes_are_counted_and_those_without_images_left_out():

@@ -125,6 +125,7 @@ def test_a_fitted_classifier_takes_rows_of_any_shape_and_keeps_what_it_needs():
     expected = standardised @ head.weight.T + head.bias
     torch.testing.assert_close(head(rows.reshape(2, 3, 5)).flatten(0, 1), expected)
     torch.testing.assert_close(head.float()(rows), expected.float(), rtol=1e-5, atol=1e-5)
+    assert head(rows.double()).dtype == torch.float32
     assert set(head.state_dict()) == {"mean", "std", "weight", "bias"}
 
 

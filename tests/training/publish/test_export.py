@@ -1,6 +1,7 @@
 """Exports: a hub folder that says what its own files score, and holds nothing of the machine."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -78,16 +79,35 @@ def test_a_card_credits_gld_with_its_own_students_alone(teacher_run, export, tmp
     alone = ModelCard.load(tmp_path / "alone" / "README.md")
     assert "trained by gld_zoo on the labels alone." in alone.text
     assert "knowledge-distillation" not in alone.data.tags
-    other = dict(beta=0, local_weight=0, standardise=False, temperature=4)
-    for changes, by_gld in ((other, False), (dict(global_weight=0), False), (dict(beta=9), True)):
-        recipe = Recipe(student="x", teacher="resnet18", **changes)
-        assert recipe.teaches_by_gld == by_gld
+    for by_gld in (True, False):
         results = row(teacher=dict(name="resnet18"), by_gld=by_gld).to_dict()
         card = model_card(timm.create_model("gld_wrn16_1"), results, "org/name")
         method = "distilled by GLD from" if by_gld else "distilled from"
         assert f"{method} `resnet18` with gld_zoo" in card.text
         assert ("Kim et al." in card.text) == by_gld
         assert "knowledge-distillation" in card.data.tags
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(teacher=None),
+        dict(teacher_head="none", beta=1.0),
+        dict(beta=0.0),
+        dict(local_weight=0.0),
+        dict(global_weight=0.0),
+        dict(alpha=0.0),
+        dict(standardise=False),
+        dict(temperature=4.0),
+        dict(disagreement=2.0),
+    ],
+)
+def test_what_teaches_otherwise_is_not_by_gld(student_run, changes):
+    finished = FinishedRun.load(student_run)
+    assert finished.description()["by_gld"]
+    other = replace(finished, recipe=replace(finished.recipe, **changes))
+    assert not other.recipe.teaches_by_gld
+    assert other.description()["by_gld"] == (other.recipe.teacher is None)  # nothing is claimed
 
 
 def test_a_card_tells_of_a_head_that_was_fitted():
