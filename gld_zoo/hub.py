@@ -181,9 +181,9 @@ def resolve_name(name: str) -> str:
     Raises:
         ValueError: If a run folder holds no finished run, or a folder no model.
     """
-    folder = Path(name)
-    if name == folder.name and timm.is_model(name.partition(".")[0]):
+    if is_of_timm(name):
         return name
+    folder = Path(name)
     for place in (folder / "last", folder):
         if os.path.isfile(place / "config.json"):
             return f"local-dir:{place}"
@@ -197,9 +197,14 @@ def resolve_name(name: str) -> str:
     return name
 
 
+def is_of_timm(name: str) -> bool:
+    """Tell whether timm knows a name of an architecture, or of one and its weights."""
+    return timm.is_model_pretrained(name) if "." in name else timm.is_model(name)
+
+
 def is_run(name: str) -> bool:
-    """Tell whether a name is that of a run folder, finished or not."""
-    return os.path.isfile(os.path.join(name, "recipe.yaml"))
+    """Tell whether a name is that of a run folder, finished or not, and of no model of timm."""
+    return not is_of_timm(name) and os.path.isfile(os.path.join(name, "recipe.yaml"))
 
 
 def push_to_hub(

@@ -77,12 +77,13 @@ def _is_own(model: Any) -> bool:
     return bool(model.pretrained_cfg["architecture"].startswith("gld_"))
 
 
-def _is_cifar100(row: Row) -> bool:
+def is_cifar100(row: Row) -> bool:
+    """Tell whether a row was measured on CIFAR-100, by any of its names."""
     return row.dataset in ("cifar100", CIFAR100)
 
 
 def _title(row: Row) -> str:
-    return "CIFAR-100" if _is_cifar100(row) else row.dataset
+    return "CIFAR-100" if is_cifar100(row) else row.dataset
 
 
 def _origin(row: Row | None) -> str:
@@ -144,13 +145,13 @@ def _repetition(row: Row | None) -> str:
 def _use(row: Row | None) -> str:
     if row is None:
         return ""
-    return CIFAR100_USE if _is_cifar100(row) else f"Not for images unlike those of {_title(row)}."
+    return CIFAR100_USE if is_cifar100(row) else f"Not for images unlike those of {_title(row)}."
 
 
 def _terms(row: Row | None) -> str:
     if row is None:
         return "The training data is not stated."
-    if _is_cifar100(row):
+    if is_cifar100(row):
         return CIFAR100_TERMS
     if HUB_ID.fullmatch(row.dataset):
         return f"The terms of {row.dataset} are in its own card."
@@ -168,7 +169,7 @@ def _metadata(row: Row | None, repo_id: str) -> ModelCardData:
     if row is None:
         return ModelCardData(**common)
     dataset = row.dataset
-    hub_id = CIFAR100 if _is_cifar100(row) else dataset if HUB_ID.fullmatch(dataset) else None
+    hub_id = CIFAR100 if is_cifar100(row) else dataset if HUB_ID.fullmatch(dataset) else None
     measured: dict[str, Any] = dict(
         task_type="image-classification",
         dataset_type=hub_id or re.sub(r"[^\w.-]+", "-", dataset, flags=re.ASCII),

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 import yaml
 from PIL import Image
@@ -22,9 +21,9 @@ from timm.data import (
 
 from gld_zoo.distillation.heads import global_local_logits
 from gld_zoo.distillation.maps import feature_map, global_local_features
-from gld_zoo.distillation.teacher import HEAD_FILE, LinearHead, Teacher, take_size
+from gld_zoo.distillation.teacher import HEAD_FILE, LinearHead, Teacher, side_of, take_size
 from gld_zoo.explain import explain, seen_part
-from gld_zoo.hub import create_model
+from gld_zoo.hub import create_model, is_of_timm
 from gld_zoo.output import CommandError
 
 
@@ -128,9 +127,7 @@ class TeacherOfRun(Predictor):
             model = create_model(recipe["teacher"], pretrained=True).eval()
         except (OSError, SafetensorError, TypeError, ValueError, KeyError) as error:
             raise CommandError(f"--model {name!r} cannot be created: {error}") from error
-        size = recipe.get("teacher_size")
-        if size == "own":
-            size = resolve_model_data_config(model)["input_size"][-1]
+        size = side_of(model, recipe.get("teacher_size"))
         take_size(model, size or self.config["input_size"][-1])
         mean, std = self.config["mean"], self.config["std"]
         self.teacher = Teacher(model, None, mean, std, size=size, head="fit")
@@ -165,8 +162,8 @@ def class_names(model: Any, name: str) -> list[str]:
     names = model.pretrained_cfg.get("label_names") or ()
     if len(names) == model.num_classes:
         return list(names)
-    is_timms = name.startswith("hf-hub:timm/") or timm.is_model(name.partition(".")[0])
-    subset = infer_imagenet_subset(model) if is_timms else None  # by the number of classes
+    known = name.startswith("hf-hub:timm/") or is_of_timm(name)
+    subset = infer_imagenet_subset(model) if known else None  # by the number of classes
     if subset is None:
         return [f"class {i}" for i in range(model.num_classes)]
     info = ImageNetInfo(subset)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from gld_zoo import hub
 from gld_zoo.downstream.saving import create_backbone
-from gld_zoo.hub import create_model, save_pretrained
+from gld_zoo.hub import create_model, is_run, save_pretrained
 
 
 @pytest.mark.parametrize("name", ["gld_resnet20", "gld_wrn16_1", "resnet18"])
@@ -128,6 +128,11 @@ def test_a_name_that_timm_knows_is_meant_whatever_lies_here(tmp_path, monkeypatc
     save_pretrained(timm.create_model("gld_resnet20", num_classes=5), "gld_resnet20")
     assert create_model("gld_resnet20").num_classes == 100
     assert create_model("./gld_resnet20", pretrained=True).num_classes == 5
+    save_pretrained(timm.create_model("gld_resnet20", num_classes=5), "gld_resnet20.mine-0/last")
+    for name in ("gld_resnet20", "gld_resnet20.mine-0"):
+        (tmp_path / name / "recipe.yaml").write_text("student: gld_resnet20\n")
+    assert create_model("gld_resnet20.mine-0", pretrained=True).num_classes == 5
+    assert [is_run("gld_resnet20"), is_run("gld_resnet20.mine-0")] == [False, True]
 
 
 def test_a_model_that_is_not_timms_is_refused(tmp_path):

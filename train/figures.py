@@ -26,6 +26,7 @@ from jsonargparse import auto_cli
 from timm.data import resolve_model_data_config
 
 from gld_zoo import global_local_logits
+from gld_zoo.model_card import is_cifar100
 from gld_zoo.results import PATH, Results, Row
 from gld_zoo.training.build.create import create_frozen
 from gld_zoo.training.common.errors import DataError, ModelError
@@ -229,8 +230,9 @@ def _best_runs(distilled: bool) -> dict[str, Row]:
     best: dict[str, Row] = {}
     for name, row in Results.load().rows.items():
         architecture = name.partition(".")[0]
-        if row.test_images != WHOLE or not architecture.startswith("gld_"):
-            continue  # of the bundled images alone, or a teacher of another zoo
+        whole = is_cifar100(row) and row.test_images == WHOLE  # and not the bundled images alone
+        if not whole or not architecture.startswith("gld_"):
+            continue
         held = best.get(architecture)
         if (row.teacher is not None) is distilled and (
             held is None or row.mean_top1() > held.mean_top1()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn as nn
@@ -192,6 +192,11 @@ class LinearHead(nn.Module):
         """Map features `[..., D]` to logits `[..., K]`."""
         standardised = (features.to(self.mean.dtype) - self.mean) / self.std
         return F.linear(standardised, self.weight, self.bias)
+
+
+def side_of(model: nn.Module, size: int | Literal["own"] | None) -> int | None:
+    """Return the side in pixels that a `teacher_size` means; None leaves images as they are."""
+    return resolve_model_data_config(model)["input_size"][-1] if size == "own" else size
 
 
 def take_size(model: Any, size: int) -> None:

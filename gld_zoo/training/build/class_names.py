@@ -7,6 +7,11 @@ from typing import Any
 
 from gld_zoo.training.common.errors import ModelError
 
+NEED_NOT_KNOW = (
+    "fit a classifier to its features (teacher_head: fit), let their relations alone teach "
+    "(teacher_head: none), or use one trained on this dataset"
+)
+
 
 def check_class_names(model: Any, label_names: Sequence[str], title: str) -> None:
     """Refuse a model of other classes than a dataset's, or of the same ones in another order.
@@ -37,7 +42,9 @@ def check_class_names(model: Any, label_names: Sequence[str], title: str) -> Non
         )
 
 
-def match_classes(model: Any, label_names: Sequence[str], title: str) -> list[int] | None:
+def match_classes(
+    model: Any, label_names: Sequence[str], title: str, *, remedy: str = NEED_NOT_KNOW
+) -> list[int] | None:
     """Return at which of a teacher's places each of a dataset's classes stands; None if at its own.
 
     They are matched by name, where both have names.
@@ -46,18 +53,13 @@ def match_classes(model: Any, label_names: Sequence[str], title: str) -> list[in
         model: One of timm's.
         label_names: The dataset's classes in order.
         title: What the error calls the model.
+        remedy: What it advises where their numbers differ.
 
     Raises:
-        ModelError: If their numbers differ, or some of the classes alone are known by name to both,
+        ModelError: If they do, or some of the classes alone are known by name to both,
             and stand at other places.
     """
-    _check_count(
-        model,
-        label_names,
-        title,
-        "fit a classifier to its features (teacher_head: fit), let their relations alone teach "
-        "(teacher_head: none), or use one trained on this dataset",
-    )
+    _check_count(model, label_names, title, remedy)
     theirs = [_plain(name) for name in names_of(model, label_names) or ()]
     ours = [_plain(name) for name in label_names]
     if len(set(ours)) == len(ours) and sorted(theirs) == sorted(ours):

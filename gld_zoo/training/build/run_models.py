@@ -9,10 +9,9 @@ import torch
 import torch._inductor.config
 import torch.nn as nn
 from accelerate import Accelerator
-from timm.data import resolve_model_data_config
 
 from gld_zoo.distillation.heads import FeaturesAndLogits, GlobalLocal
-from gld_zoo.distillation.teacher import Teacher, take_size
+from gld_zoo.distillation.teacher import Teacher, side_of, take_size
 from gld_zoo.training.build.class_names import match_classes
 from gld_zoo.training.build.create import (
     GlobalOnly,
@@ -104,9 +103,7 @@ def _build_teacher(
     identity = structure_sha256(model, sha256)
     own = recipe.teacher_head == "own"
     columns = match_classes(model, label_names, title) if own else None
-    size = recipe.teacher_size
-    if size == "own":
-        size = resolve_model_data_config(model)["input_size"][-1]
+    size = side_of(model, recipe.teacher_size)
     seen = size or images.shape[-1]
     take_size(model, seen)
     remedy = "choose another, or another teacher_size (own is its own)"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from jsonargparse import ArgumentParser
-from jsonargparse.typing import NonNegativeInt
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from gld_zoo.output import end, printing
 from gld_zoo.training.common.devices import measuring_device
@@ -34,7 +34,7 @@ def cli(arguments: list[str], prog: str | None = None) -> None:
     parser.add_argument("--teacher", type=str | None, help=f"compare with it: {model}")
     parser.add_argument(
         "--teacher_size",
-        type=int | Literal["own"] | None,
+        type=PositiveInt | Literal["own"] | None,
         help="side of the images it sees, or own; null: as the run's recipe has it",
     )
     add_source_options(parser, required=False)
@@ -47,6 +47,10 @@ def cli(arguments: list[str], prog: str | None = None) -> None:
     )
     parser.add_argument("--picture", type=Path | None, help="PNG of which class is taken for which")
     options = parser.parse_args(arguments)
+    if options.teacher_size and not options.teacher:
+        sys.exit(
+            f"error: teacher_size={options.teacher_size} is of a --teacher, which is not given"
+        )
     try:
         run = recipe_of(options.model)
         result = evaluate(

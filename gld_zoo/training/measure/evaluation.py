@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from timm.data import resolve_model_data_config
 from torch.utils.flop_counter import FlopCounterMode
 
 from gld_zoo import global_local_logits
-from gld_zoo.distillation.teacher import Teacher, take_size
+from gld_zoo.distillation.teacher import Teacher, side_of, take_size
+from gld_zoo.training.build.class_names import match_classes
 from gld_zoo.training.build.create import create_frozen
-from gld_zoo.training.build.refusals import check_takes
+from gld_zoo.training.build.refusals import refusals
 from gld_zoo.training.common.disk import replacing
 from gld_zoo.training.data.batches import EvalBatches
 from gld_zoo.training.data.sources import ImageSource
@@ -90,12 +90,14 @@ def _reference(
 
     It is built before they are read, so that its mistakes cost nothing.
     """
-    model = create_frozen(name, device, label_names=label_names, role="teacher")
-    own: int = resolve_model_data_config(model)["input_size"][-1]
-    shown = own if size == "own" else size or measured.size
+    model, title = create_frozen(name, device, role="teacher"), f"teacher {name!r}"
+    columns = match_classes(model, label_names, title, remedy="use one trained on this dataset")
+    shown = side_of(model, size) or measured.size
     take_size(model, shown)
-    check_takes(name, model, shown, device)
-    return Teacher(model, None, measured.config["mean"], measured.config["std"], size=shown)
+    with refusals(title, shown, "choose another, or another teacher_size (own is its own)"):
+        model(torch.zeros(1, 3, shown, shown, device=device))
+    mean, std = measured.config["mean"], measured.config["std"]
+    return Teacher(model, None, mean, std, size=shown, columns=columns)
 
 
 def of_scores(scores: Scores, measured: Measured, device: torch.device) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from timm.data import resolve_model_data_config
 
+from gld_zoo.hub import is_run
 from gld_zoo.training.build.create import create_frozen
 from gld_zoo.training.build.refusals import check_takes
 from gld_zoo.training.common.errors import DataError, ModelError
@@ -72,8 +73,7 @@ def open_test_source(options: Any, names: Sequence[str]) -> ImageSource:
 
 def recipe_of(name: str) -> Recipe | None:
     """Return the recipe of a run folder; None if a name is of something else."""
-    path = Path(name) / "recipe.yaml"
-    return Recipe.load(path) if path.is_file() else None
+    return Recipe.load(Path(name) / "recipe.yaml") if is_run(name) else None
 
 
 def square_size(config: dict[str, Any], image_size: int | None) -> int:

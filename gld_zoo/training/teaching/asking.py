@@ -95,7 +95,11 @@ class AskedOnce:
 
     def _usable(self, view: int) -> bool:
         """Tell whether a view is complete and can be read; else it is made anew."""
-        self.store.check_own()
+        try:
+            self.store.check_own()
+        except DiskError as error:
+            self.accelerator.print(f"{error}; the teacher is asked")
+            return False
         if not self.store.record(view):
             return False
         self._check_head(view)

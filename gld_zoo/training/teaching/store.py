@@ -28,6 +28,7 @@ from gld_zoo.training.common.errors import DiskError, HeldError, StoreError
 from gld_zoo.training.teaching.key import differences, key_of
 
 INFO, PARTS, LOCK = "store.json", "parts", ".lock"
+UNFINISHED = ".tmp*"  # files that safetensors was writing when it was killed
 
 
 class DamagedStoreError(StoreError):
@@ -59,7 +60,8 @@ class Store:
         """Return the store in a folder.
 
         Raises:
-            StoreError: If there is none, or its `store.json` cannot be read or is damaged.
+            DiskError: If the disk does not give its `store.json`.
+            StoreError: If there is none, or it is damaged.
         """
         try:
             text = (folder / INFO).read_text(encoding="utf-8")
@@ -68,7 +70,7 @@ class Store:
                 f"{folder} holds no teacher's store; gld-zoo store build makes one"
             ) from error
         except OSError as error:
-            raise StoreError(f"{folder / INFO} cannot be read: {error.strerror}") from error
+            raise DiskError(f"{folder / INFO} cannot be read: {error.strerror}") from error
         except ValueError as error:  # no UTF-8
             raise _damaged(folder, error) from error
         try:
@@ -118,6 +120,7 @@ class Store:
         """Refuse the folder if another run has made its own store there since this one was opened.
 
         Raises:
+            DiskError: If the disk does not tell.
             StoreError: If it has.
         """
         if (self.folder / INFO).is_file():
@@ -139,6 +142,8 @@ class Store:
             if not (self.folder / INFO).is_file():
                 write_json(self.folder / INFO, self.info)
             (self.folder / PARTS).mkdir(exist_ok=True)
+            for left in [*self.folder.glob(UNFINISHED), *(self.folder / PARTS).glob(UNFINISHED)]:
+                left.unlink(missing_ok=True)
         except HeldError as error:
             return f"{error} is writing it"
         except OSError as error:

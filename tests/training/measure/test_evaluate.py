@@ -222,6 +222,32 @@ def test_a_runs_teacher_is_shown_images_as_the_run_showed_them(
     assert json.loads(out.read_text())["teacher_top1"] != pytest.approx(told)
 
 
+def test_a_teacher_with_the_classes_in_another_order_is_matched_by_name(
+    teacher_run, tiny_dataset, tmp_path
+):
+    teacher, out = timm.create_model(f"local-dir:{teacher_run}/last", pretrained=True), tmp_path
+    names, order = teacher.pretrained_cfg["label_names"], [2, 0, 3, 1]
+    with torch.no_grad():
+        for part in (teacher.get_classifier().weight, teacher.get_classifier().bias):
+            part.copy_(part[order])
+    save_pretrained(teacher, out / "other", label_names=[names[place] for place in order])
+    found = []
+    for name in (f"{teacher_run}/last", f"{out}/other"):
+        arguments = ["--model", str(teacher_run), "--teacher", name, "--json", f"{out}/out.json"]
+        cli(arguments)
+        found.append(json.loads((out / "out.json").read_text()))
+    assert found[0]["agreement"] == found[1]["agreement"] == 100
+
+
+@pytest.mark.parametrize("size", ["0", "-3"])
+def test_a_size_that_is_none_is_refused(teacher_run, size, capsys):
+    with pytest.raises(SystemExit):
+        cli(["--model", str(teacher_run), "--teacher", "gld_wrn16_2", "--teacher_size", size])
+    assert "teacher_size" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="teacher_size=64 is of a --teacher"):
+        cli(["--model", str(teacher_run), "--teacher_size", "64"])
+
+
 def test_classes_are_counted_and_those_without_images_left_out():
     probabilities = [[0.8, 0.1, 0.1], [0.8, 0.1, 0.1], [0.1, 0.8, 0.1], [0.1, 0.1, 0.8]]
     scores = scores_of(probabilities, [0, 1, 1, 1])

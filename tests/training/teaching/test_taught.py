@@ -289,11 +289,42 @@ def test_a_view_that_cannot_be_read_for_once_is_asked_for_and_kept(
         return read(path)
 
     monkeypatch.setattr(teaching_store, "sha256", fails_once)
+    monkeypatch.setattr(Store, "forget", lambda *_: pytest.fail("a view is given up"))
     output = distill(*options, "--teacher_store", folder, "--run", tmp_path / "second")
     assert "view-001.safetensors cannot be read: Input/output error; the teacher is asked" in output
     assert weights(tmp_path / "first") == weights(tmp_path / "second")
     assert (folder / "view-001.safetensors").read_bytes() == content
     store_command.cli(["verify", str(folder)])
+
+
+@pytest.mark.slow
+def test_a_description_that_cannot_be_read_for_once_costs_no_run(
+    options, tmp_path, distill, monkeypatch, capsys
+):
+    folder = tmp_path / "store"
+    distill(*options, "--teacher_store", folder, "--run", tmp_path / "first")
+    read, count = Store.read.__func__, 0
+
+    def fails_once(cls, place):
+        nonlocal count
+        count += 1
+        if count == 4:  # at the start of an epoch
+            raise DiskError(f"{place}/store.json cannot be read: Input/output error")
+        return read(cls, place)
+
+    monkeypatch.setattr(Store, "read", classmethod(fails_once))
+    output = distill(*options, "--teacher_store", folder, "--run", tmp_path / "second")
+    assert "store.json cannot be read: Input/output error; the teacher is asked" in output
+    assert weights(tmp_path / "first") == weights(tmp_path / "second")
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(teaching_store, "sha256", refuse)
+    with pytest.raises(SystemExit) as stop:
+        store_command.cli(["verify", str(folder)])
+    assert "the disk does not give all views" in str(stop.value.code)
+    assert "cannot be read: Permission denied" in capsys.readouterr().out
 
 
 def test_verify_finds_one_flipped_bit(options, tmp_path, distill, capsys):
@@ -535,7 +566,6 @@ def test_without_a_teacher_its_options_decide_nothing():
     assert recipe.needs_labels
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_features_of_all_processes_are_those_of_one_in_order(monkeypatch, world_size):
     monkeypatch.setattr(together, "REDUCED", 4)
@@ -555,6 +585,7 @@ def test_features_of_all_processes_are_those_of_one_in_order(monkeypatch, world_
     assert torch.equal(sum(reduced), 2 * images)
 
 
+@torch.no_grad()
 def test_neighbours_are_the_nearest_other_rows(monkeypatch):
     rows = torch.randn(7, 3)
     distances = (rows[:, None] - rows[None]).norm(dim=2).fill_diagonal_(9)
