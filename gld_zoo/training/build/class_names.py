@@ -56,8 +56,8 @@ def match_classes(
         remedy: What it advises where their numbers differ.
 
     Raises:
-        ModelError: If they do, or some of the classes alone are known by name to both,
-            and stand at other places.
+        ModelError: If they do, or some of the classes alone are known by name to both, and stand at
+            other places.
     """
     _check_count(model, label_names, title, remedy)
     theirs = [_plain(name) for name in names_of(model, label_names) or ()]

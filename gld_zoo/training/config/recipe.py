@@ -315,9 +315,10 @@ class Recipe(Options):
     def teaches_by_gld(self) -> bool:
         """Whether a teacher teaches by all of GLD's terms, whatever their weights and the grid."""
         global_weight = self.alpha if self.global_weight is None else self.global_weight
-        terms = all((global_weight, self.local_weight, self.relation_weight))
-        as_there = self.standardise and self.temperature == self.disagreement == 1
-        return bool(self.teacher) and terms and as_there and not self.teaches_relations
+        weights = (global_weight, self.local_weight, self.relation_weight)
+        # what the logits are divided by, and how cells are weighed, is the method's own
+        unchanged = self.standardise and self.temperature == self.disagreement == 1
+        return bool(self.teacher) and all(weights) and unchanged and not self.teaches_relations
 
     @property
     def needs_labels(self) -> bool:
