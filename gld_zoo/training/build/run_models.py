@@ -24,6 +24,7 @@ from gld_zoo.training.build.create import (
     weights_sha256,
 )
 from gld_zoo.training.build.refusals import check_lone_image, refusals
+from gld_zoo.training.build.small_maps import multiply_on_small_maps
 from gld_zoo.training.build.sync_batch_norm import synchronise_batch_norm
 from gld_zoo.training.config.recipe import Recipe
 from gld_zoo.training.data.batches import derive_seed
@@ -59,6 +60,8 @@ def build_models(recipe: Recipe, label_names: Sequence[str], accelerator: Accele
         finetune=recipe.finetune,
         options=recipe.student_args,
     )
+    if device.type == "cpu":
+        student = multiply_on_small_maps(student)
     if recipe.grad_checkpointing:
         enable_grad_checkpointing(student, recipe.student)
     if recipe.sync_batch_norm and accelerator.num_processes > 1:
