@@ -29,7 +29,7 @@ def test_it_is_the_convolution(stride, size):
 
 
 @pytest.mark.parametrize(
-    ("training", "size", "multiplied"), [(True, 3, 1), (True, 4, 0), (False, 3, 0)]
+    ("training", "size", "multiplied"), [(True, 4, 1), (True, 5, 0), (False, 4, 0)]
 )
 def test_only_small_maps_in_training_are_multiplied(training, size, multiplied, monkeypatch):
     """What is measured is computed as by the model that a file is loaded into."""
