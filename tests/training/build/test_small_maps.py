@@ -5,9 +5,12 @@ import copy
 import pytest
 import torch
 import torch.nn as nn
+from accelerate import Accelerator
 
 from gld_zoo.training.build import small_maps
+from gld_zoo.training.build.run_models import build_models
 from gld_zoo.training.build.small_maps import SmallMapConv2d, multiply_on_small_maps
+from gld_zoo.training.config.recipe import Recipe
 
 
 @pytest.mark.parametrize("stride", [1, 2, (1, 3)])
@@ -59,3 +62,11 @@ def test_other_convolutions_stay(layer):
     names = set(model.state_dict())
     assert type(multiply_on_small_maps(model)[0]) is kind
     assert set(model.state_dict()) == names
+
+
+def test_the_trainers_student_has_them_on_a_cpu_and_its_teacher_stays():
+    recipe = Recipe(student="gld_wrn16_1", teacher="gld_wrn16_2", seed=0)
+    models = build_models(recipe, [str(i) for i in range(100)], Accelerator(cpu=True))
+    kinds = [type(module) for module in models.student.modules()]
+    assert kinds.count(SmallMapConv2d) == 13  # the stem, and two in each of six blocks
+    assert SmallMapConv2d not in map(type, models.teacher.modules())
