@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from measuring import interleave, ratio
 
-import gld_zoo  # noqa: F401  # registers its models
 from gld_zoo.training.build.small_maps import multiply_on_small_maps
 
 

@@ -11,7 +11,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 CELLS = 16  # of an output map, at most; of 64 it is the convolution that takes less time
-EXPECTED = ((3, 3), (1, 1), (1, 1), 1, "zeros")
+# of the layers that are multiplied: kernel, padding, dilation, groups, how the border is padded
+SETTINGS = ((3, 3), (1, 1), (1, 1), 1, "zeros")
 
 
 class SmallMapConv2d(nn.Conv2d):
@@ -39,6 +40,6 @@ def multiply_on_small_maps(model: nn.Module) -> nn.Module:
         if type(module) is not nn.Conv2d:
             continue
         settings = (module.kernel_size, module.padding, module.dilation, module.groups)
-        if (*settings, module.padding_mode) == EXPECTED:
+        if (*settings, module.padding_mode) == SETTINGS:
             module.__class__ = SmallMapConv2d
     return model
