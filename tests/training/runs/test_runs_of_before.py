@@ -44,8 +44,10 @@ def test_a_run_of_before_resumes_to_what_it_would_have_been(kind, distill, tmp_p
     file = tmp_path / kind / "last" / "model.safetensors"
     weights, expected = load_file(file), EXPECTED["runs"][kind]
     for name, values in expected["tensors"].items():
-        # other kernels round differently, and a few steps at this rate enlarge it
-        torch.testing.assert_close(weights[name], torch.tensor(values), rtol=1e-3, atol=1e-4)
+        # Other kernels round differently, which these steps enlarged to 4e-4 of the norm on one
+        # processor; where the optimizer's momentum was lost, it was 1.4e-2 and more.
+        difference = weights[name] - torch.tensor(values)
+        assert difference.norm() <= 2e-3 * torch.tensor(values).norm()
     if machine() == EXPECTED["machine"]:
         assert hashlib.sha256(file.read_bytes()).hexdigest() == expected["sha256"]
 
