@@ -1,10 +1,12 @@
-"""Convolutions of maps of few cells as one matrix product, which CPUs compute in less time.
+"""Convolutions of maps of few cells as matrix products, which CPUs compute in less time.
 
 oneDNN sums the gradient of a convolution's weights image by image. Where an image has four cells, a
 product over four rows leaves most of the instruction idle; over the rows of all images it does not.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -16,22 +18,66 @@ SETTINGS = ((3, 3), (1, 1), (1, 1), 1, "zeros")
 
 
 class SmallMapConv2d(nn.Conv2d):
-    """A 3 x 3 convolution of padding 1 that trains as a matrix product where its map is small."""
+    """A 3 x 3 convolution of padding 1 that trains as matrix products where its map is small."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map `[B, C, H, W]` to `[B, D, ceil(H / stride), ceil(W / stride)]`."""
         down, across = self.stride
-        height, width = -(-x.shape[2] // down), -(-x.shape[3] // across)
-        if not self.training or height * width > CELLS:
+        if not self.training or -(-x.shape[2] // down) * -(-x.shape[3] // across) > CELLS:
             return super().forward(x)
-        padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
-        shifts = [
-            padded[:, i : i + down * height : down, j : j + across * width : across]
-            for i in range(3)
-            for j in range(3)
-        ]
-        weight = self.weight.permute(0, 2, 3, 1).flatten(1)  # [D, 9 C]
-        return F.linear(torch.cat(shifts, -1), weight, self.bias).permute(0, 3, 1, 2)
+        weight, kind = self.weight, x.device.type
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+            x, weight = x.to(dtype), weight.to(dtype)
+        return _Multiplied.apply(x, weight, self.bias, (down, across))
+
+
+class _Multiplied(torch.autograd.Function):
+    """The output and the weights' gradient as products, the input's gradient as a convolution.
+
+    As a product that one would be nine, added in the precision of the input instead of float32.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        stride: tuple[int, int],
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.stride = stride
+        rows = _neighbourhoods(x, stride)
+        bias = bias if bias is None else bias.to(x.dtype)
+        product = F.linear(rows, weight.permute(0, 2, 3, 1).flatten(1), bias)
+        return product.permute(0, 3, 1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        wanted = (ctx.needs_input_grad[0], False, ctx.needs_input_grad[2])
+        of_x, _, of_bias = torch.ops.aten.convolution_backward(
+            gradient, x, weight, [len(weight)], ctx.stride, (1, 1), (1, 1), False, (0, 0), 1, wanted
+        )
+        if not ctx.needs_input_grad[1]:
+            return of_x, None, of_bias, None
+        rows = _neighbourhoods(x, ctx.stride).flatten(0, 2)
+        of_weight = gradient.permute(0, 2, 3, 1).flatten(0, 2).T @ rows
+        return of_x, of_weight.unflatten(1, (3, 3, -1)).permute(0, 3, 1, 2), of_bias, None
+
+
+def _neighbourhoods(x: torch.Tensor, stride: tuple[int, int]) -> torch.Tensor:
+    """Return the 3 x 3 cells, zero outside, around each of an output's: `[B, h, w, 9 C]`."""
+    down, across = stride
+    height, width = -(-x.shape[2] // down), -(-x.shape[3] // across)
+    padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
+    shifts = [
+        padded[:, i : i + down * height : down, j : j + across * width : across]
+        for i in range(3)
+        for j in range(3)
+    ]
+    return torch.cat(shifts, -1)
 
 
 def multiply_on_small_maps(model: nn.Module) -> nn.Module:

@@ -31,6 +31,51 @@ def test_it_is_the_convolution(stride, size):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+def test_in_bfloat16_it_is_as_exact_as_the_convolution(stride):
+    torch.manual_seed(0)
+    layer = nn.Conv2d(64, 32, 3, stride, 1)
+    layers = [copy.deepcopy(layer).double(), layer, multiply_on_small_maps(copy.deepcopy(layer))]
+    images = torch.randn(16, 64, 4, 4)
+    results = []
+    for each in layers:
+        x = images.to(each.weight.dtype).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=each is not layers[0]):
+            y = each(x)
+        y.backward(torch.linspace(-1, 1, y.numel()).sin().to(y.dtype).view_as(y))
+        results.append([y.detach(), x.grad, each.weight.grad, each.bias.grad])
+    exact, theirs, ours = results
+    for a, b, c in zip(exact, theirs, ours, strict=True):
+        assert b.dtype == c.dtype
+        assert 0 < (c - a).norm() <= 1.01 * (b - a).norm()
+
+
+@pytest.mark.parametrize("frozen", ["weight", "bias", "x"])
+def test_what_needs_no_gradient_has_none_and_the_others_theirs(frozen):
+    layer = multiply_on_small_maps(nn.Conv2d(2, 3, 3, padding=1))
+    inputs = dict(layer.named_parameters(), x=torch.ones(1, 2, 2, 2, requires_grad=True))
+    layer(inputs["x"]).square().sum().backward()
+    whole = {name: value.grad.clone() for name, value in inputs.items()}
+    for name, value in inputs.items():
+        value.grad = None
+        value.requires_grad_(name != frozen)
+    layer(inputs["x"]).square().sum().backward()
+    assert inputs[frozen].grad is None
+    for name in set(inputs) - {frozen}:
+        torch.testing.assert_close(inputs[name].grad, whole[name])
+
+
+def test_it_compiles_into_one_graph():
+    layer = multiply_on_small_maps(nn.Conv2d(2, 3, 3, padding=1))
+    x = torch.linspace(-1, 1, 8).view(1, 2, 2, 2)
+    gradients = []
+    for each in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        layer.zero_grad()
+        each(x).square().sum().backward()
+        gradients.append(layer.weight.grad)
+    torch.testing.assert_close(*gradients)
+
+
 @pytest.mark.parametrize(
     ("training", "size", "multiplied"), [(True, 4, 1), (True, 5, 0), (False, 4, 0)]
 )
