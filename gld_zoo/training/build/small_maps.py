@@ -22,14 +22,16 @@ class SmallMapConv2d(nn.Conv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map `[B, C, H, W]` to `[B, D, ceil(H / stride), ceil(W / stride)]`."""
-        down, across = self.stride
-        if not self.training or -(-x.shape[2] // down) * -(-x.shape[3] // across) > CELLS:
+        height, width = (-(-n // step) for n, step in zip(x.shape[2:], self.stride, strict=True))
+        if not self.training or height * width > CELLS:
             return super().forward(x)
-        weight, kind = self.weight, x.device.type
+        weight, bias, kind = self.weight, self.bias, x.device.type
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
             x, weight = x.to(dtype), weight.to(dtype)
-        return _Multiplied.apply(x, weight, self.bias, (down, across))
+            bias = bias if bias is None else bias.to(dtype)
+        rows = _Multiplied.apply(x, weight, bias, self.stride, (height, width))
+        return rows.unflatten(0, (len(x), height, width)).permute(0, 3, 1, 2)
 
 
 class _Multiplied(torch.autograd.Function):
@@ -45,39 +47,40 @@ class _Multiplied(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         stride: tuple[int, int],
+        size: tuple[int, int],
     ) -> torch.Tensor:
+        """Return the output's cells as rows: `[B h w, D]`."""
         ctx.save_for_backward(x, weight)
-        ctx.stride = stride
-        rows = _neighbourhoods(x, stride)
-        bias = bias if bias is None else bias.to(x.dtype)
-        product = F.linear(rows, weight.permute(0, 2, 3, 1).flatten(1), bias)
-        return product.permute(0, 3, 1, 2)
+        ctx.stride, ctx.size = stride, size
+        by_rows = weight.permute(0, 2, 3, 1).flatten(1)  # [D, 9 C]
+        return F.linear(_neighbourhoods(x, stride, size), by_rows, bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
+        of_map = gradient.unflatten(0, (len(x), *ctx.size)).permute(0, 3, 1, 2)
         wanted = (ctx.needs_input_grad[0], False, ctx.needs_input_grad[2])
-        of_x, _, of_bias = torch.ops.aten.convolution_backward(
-            gradient, x, weight, [len(weight)], ctx.stride, (1, 1), (1, 1), False, (0, 0), 1, wanted
+        of_x, of_weight, of_bias = torch.ops.aten.convolution_backward(
+            of_map, x, weight, [len(weight)], ctx.stride, (1, 1), (1, 1), False, (0, 0), 1, wanted
         )
-        if not ctx.needs_input_grad[1]:
-            return of_x, None, of_bias, None
-        rows = _neighbourhoods(x, ctx.stride).flatten(0, 2)
-        of_weight = gradient.permute(0, 2, 3, 1).flatten(0, 2).T @ rows
-        return of_x, of_weight.unflatten(1, (3, 3, -1)).permute(0, 3, 1, 2), of_bias, None
+        if ctx.needs_input_grad[1]:
+            product = gradient.T @ _neighbourhoods(x, ctx.stride, ctx.size)  # [D, 9 C]
+            of_weight = product.unflatten(1, (3, 3, -1)).permute(0, 3, 1, 2)
+        return of_x, of_weight, of_bias, None, None
 
 
-def _neighbourhoods(x: torch.Tensor, stride: tuple[int, int]) -> torch.Tensor:
-    """Return the 3 x 3 cells, zero outside, around each of an output's: `[B, h, w, 9 C]`."""
-    down, across = stride
-    height, width = -(-x.shape[2] // down), -(-x.shape[3] // across)
+def _neighbourhoods(
+    x: torch.Tensor, stride: tuple[int, ...], size: tuple[int, int]
+) -> torch.Tensor:
+    """Return the 3 x 3 cells, zero outside, around each of an output of a size: `[B h w, 9 C]`."""
+    (down, across), (height, width) = stride, size
     padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
     shifts = [
         padded[:, i : i + down * height : down, j : j + across * width : across]
         for i in range(3)
         for j in range(3)
     ]
-    return torch.cat(shifts, -1)
+    return torch.cat(shifts, -1).flatten(0, 2)
 
 
 def multiply_on_small_maps(model: nn.Module) -> nn.Module:

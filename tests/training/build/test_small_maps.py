@@ -65,6 +65,18 @@ def test_what_needs_no_gradient_has_none_and_the_others_theirs(frozen):
         torch.testing.assert_close(inputs[name].grad, whole[name])
 
 
+def test_its_output_can_be_changed_in_place():
+    """As a block adds its shortcut."""
+    layer = multiply_on_small_maps(nn.Conv2d(2, 2, 3, padding=1))
+    x = torch.linspace(-1, 1, 8).view(1, 2, 2, 2)
+    gradients = []
+    for each in (lambda: layer(x).add_(x).relu_(), lambda: (layer(x) + x).relu()):
+        layer.zero_grad()
+        each().square().sum().backward()
+        gradients.append(layer.weight.grad)
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+
+
 def test_it_compiles_into_one_graph():
     layer = multiply_on_small_maps(nn.Conv2d(2, 3, 3, padding=1))
     x = torch.linspace(-1, 1, 8).view(1, 2, 2, 2)

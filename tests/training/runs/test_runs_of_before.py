@@ -44,10 +44,10 @@ def test_a_run_of_before_resumes_to_what_it_would_have_been(kind, distill, tmp_p
     file = tmp_path / kind / "last" / "model.safetensors"
     weights, expected = load_file(file), EXPECTED["runs"][kind]
     for name, values in expected["tensors"].items():
-        # Other kernels round differently, which these steps enlarged to 4e-4 of the norm on one
-        # processor; where the optimizer's momentum was lost, it was 1.4e-2 and more.
-        difference = weights[name] - torch.tensor(values)
-        assert difference.norm() <= 2e-3 * torch.tensor(values).norm()
+        # Other kernels round differently, which these steps enlarged to 4e-4 of the largest on one
+        # processor; where the optimizer's momentum was lost, it was 1.2e-2 and more.
+        wanted = torch.tensor(values)
+        assert (weights[name] - wanted).abs().max() <= 2e-3 * wanted.abs().max()
     if machine() == EXPECTED["machine"]:
         assert hashlib.sha256(file.read_bytes()).hexdigest() == expected["sha256"]
 
