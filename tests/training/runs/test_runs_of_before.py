@@ -1,7 +1,9 @@
-"""Run folders that an earlier version, commit bfb149b, began: they end as it would have ended them.
+"""Run folders that an earlier version began: they end as it would have ended them.
 
-`runs_of_before/` holds one of each kind, stopped within an epoch, and what that version made of
-them: all of it to the bit on the kind of machine where it ran, elsewhere within rounding.
+`runs_of_before/` holds one of each kind, stopped within an epoch, and what that version, commit
+bfb149b, made of them: all of it to the bit on the kind of machine where it ran, elsewhere within
+rounding. `small_maps` is of commit b826c2a, which convolved what is multiplied now, and ends within
+rounding everywhere.
 """
 
 import hashlib
@@ -34,7 +36,7 @@ def machine():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["distilled", "labels", "classifier"])
+@pytest.mark.parametrize("kind", ["distilled", "labels", "classifier", "small_maps"])
 def test_a_run_of_before_resumes_to_what_it_would_have_been(kind, distill, tmp_path, monkeypatch):
     for name in {kind, "teacher"}:
         shutil.copytree(BEFORE / name, tmp_path / name)
@@ -45,10 +47,10 @@ def test_a_run_of_before_resumes_to_what_it_would_have_been(kind, distill, tmp_p
     weights, expected = load_file(file), EXPECTED["runs"][kind]
     for name, values in expected["tensors"].items():
         # Other kernels round differently, which these steps enlarged to 4e-4 of the largest on one
-        # processor; where the optimizer's momentum was lost, it was 1.2e-2 and more.
+        # processor; where the optimizer's momentum was lost, it was 1.1e-2 and more.
         wanted = torch.tensor(values)
         assert (weights[name] - wanted).abs().max() <= 2e-3 * wanted.abs().max()
-    if machine() == EXPECTED["machine"]:
+    if "sha256" in expected and machine() == EXPECTED["machine"]:
         assert hashlib.sha256(file.read_bytes()).hexdigest() == expected["sha256"]
 
 
