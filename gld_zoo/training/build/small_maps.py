@@ -13,6 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 CELLS = 16  # of an output map, at most; of 64 it is the convolution that takes less time
+INPUT_CELLS = 4  # likewise, for the gradient of the input; of 16 it is the convolution
 # of the layers that are multiplied: kernel, padding, dilation, groups, how the border is padded
 SETTINGS = ((3, 3), (1, 1), (1, 1), 1, "zeros")
 
@@ -35,10 +36,7 @@ class SmallMapConv2d(nn.Conv2d):
 
 
 class _Multiplied(torch.autograd.Function):
-    """The output and the weights' gradient as products, the input's gradient as a convolution.
-
-    As a product that one would be nine, added in the precision of the input instead of float32.
-    """
+    """The output and its gradients, each as one product, so that sums are float32's in bf16 too."""
 
     @staticmethod
     def forward(
@@ -58,15 +56,35 @@ class _Multiplied(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        of_map = gradient.unflatten(0, (len(x), *ctx.size)).permute(0, 3, 1, 2)
-        wanted = (ctx.needs_input_grad[0], False, ctx.needs_input_grad[2])
-        of_x, of_weight, of_bias = torch.ops.aten.convolution_backward(
-            of_map, x, weight, [len(weight)], ctx.stride, (1, 1), (1, 1), False, (0, 0), 1, wanted
-        )
+        of_x = of_weight = of_bias = None
+        if ctx.needs_input_grad[0]:
+            of_x = _of_input(gradient, x, weight, ctx.stride, ctx.size)
         if ctx.needs_input_grad[1]:
             product = gradient.T @ _neighbourhoods(x, ctx.stride, ctx.size)  # [D, 9 C]
             of_weight = product.unflatten(1, (3, 3, -1)).permute(0, 3, 1, 2)
+        if ctx.needs_input_grad[2]:
+            of_bias = gradient.sum(0)
         return of_x, of_weight, of_bias, None, None
+
+
+def _of_input(
+    gradient: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    stride: tuple[int, int],
+    size: tuple[int, int],
+) -> torch.Tensor:
+    """Return the gradient of `x` from that of the output's cells, `[B h w, D]`."""
+    of_map = gradient.unflatten(0, (len(x), *size)).permute(0, 3, 1, 2)
+    if stride == (1, 1) and size[0] * size[1] <= INPUT_CELLS:
+        # an input's cell was multiplied by the kernel's opposite places
+        opposite = weight.flip(2, 3).permute(2, 3, 0, 1).flatten(0, 2)  # [9 D, C]
+        product = _neighbourhoods(of_map, stride, size) @ opposite
+        return product.unflatten(0, (len(x), *size)).permute(0, 3, 1, 2)
+    of_x, _, _ = torch.ops.aten.convolution_backward(
+        of_map, x, weight, None, stride, (1, 1), (1, 1), False, (0, 0), 1, (True, False, False)
+    )
+    return of_x
 
 
 def _neighbourhoods(
