@@ -34,6 +34,7 @@ from accelerate import Accelerator
 from measuring import interleave, peak_memory, ratio
 from torch import nn
 
+from gld_zoo.distillation.folding import fold_batch_norm
 from gld_zoo.distillation.teacher import Teacher
 from gld_zoo.hub import save_pretrained
 from gld_zoo.training.config.recipe import Recipe
@@ -126,6 +127,7 @@ def floor_step(setup: str, batch: int, accelerator: Accelerator) -> Step:
         for name in SETUPS[setup]
     )
     model.eval().requires_grad_(False)
+    model = fold_batch_norm(model, (3, 32, 32))
     teacher = Teacher(model, 2, student.default_cfg["mean"], student.default_cfg["std"])
     teacher(inputs(batch, device)[0])  # which shows it the form of its map
     teacher.keep_in(torch.bfloat16 if accelerator.mixed_precision == "bf16" else None)

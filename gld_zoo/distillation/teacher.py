@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from timm.data import resolve_model_data_config
 from timm.layers import Conv2dSame
 
-from gld_zoo.distillation.folding import fold_batch_norm
 from gld_zoo.distillation.heads import check_classifier, check_head, classify_rows, head_dtype
 from gld_zoo.distillation.maps import FeatureMap, Grid, feature_map
 
@@ -24,7 +23,6 @@ class Teacher(nn.Module):
     """A frozen teacher: the student's images to its rows, global row first.
 
     The images are resized and renormalised from the student's mean and std to the teacher's own.
-    Batch norm is folded into the convolutions before it where the model is one of this package's.
     Rows are features averaged over the map's cells, then classified by `head`.
 
     Args:
@@ -55,7 +53,7 @@ class Teacher(nn.Module):
         super().__init__()
         if head == "own" and grid is not None:
             check_classifier(model)
-        self.model = fold_batch_norm(model).to(memory_format=torch.channels_last)
+        self.model = model.to(memory_format=torch.channels_last)
         self.size, self.kind = size, head
         config = resolve_model_data_config(model)
         self.filter = config["interpolation"]

@@ -8,7 +8,7 @@ are 1 x 1 projections, as in GLD (ICCV 2021). The blocks are timm's.
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -51,9 +51,6 @@ class CifarResNet(CifarNet):
     Raises:
         ValueError: If `depth` is not 6n + 2 or `output_stride` not 1, 2 or 4.
     """
-
-    # by type of module, each convolution whose output goes to a batch norm alone
-    convs_and_norms: ClassVar = {BasicBlock: (("conv1", "bn1"), ("conv2", "bn2"))}
 
     def __init__(
         self,

@@ -7,7 +7,7 @@ blocks, three stages of 16k, 32k and 64k channels, depth 6n + 4, no dropout insi
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -86,9 +86,6 @@ class CifarWideResNet(CifarNet):
     Raises:
         ValueError: If `depth` is not 6n + 4 or `output_stride` not 1, 2 or 4.
     """
-
-    # by type of module, each convolution whose output goes to a batch norm alone
-    convs_and_norms: ClassVar = {PreActBlock: (("conv1", "bn2"),)}
 
     def __init__(
         self,

@@ -6,7 +6,7 @@ State-dict keys are those of timm's `resnet18` and `resnet34`, so their weights 
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -20,12 +20,6 @@ __all__ = ["GLDResNet"]
 
 class GLDResNet(LocalLogits, ResNet):
     """timm's ResNet with `forward_logits`; `forward` maps `[B, in_chans, H, W]` to `[B, K]`."""
-
-    # by type of module, each convolution whose output goes to a batch norm alone
-    convs_and_norms: ClassVar = {
-        ResNet: (("conv1", "bn1"),),
-        BasicBlock: (("conv1", "bn1"), ("conv2", "bn2")),
-    }
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

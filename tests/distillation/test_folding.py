@@ -20,24 +20,75 @@ def with_statistics(name, **options):
     return model
 
 
+def norms_of(model):
+    return [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", timm.list_models("gld_*"))
 def test_logits_stay(name):
     model = with_statistics(name, num_classes=10)
     images = torch.randn(2, 3, 64, 64)
-    expected = model(images)
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    folded = fold_batch_norm(model)
-    left = [module for module in folded.modules() if isinstance(module, nn.BatchNorm2d)]
+    expected, norms = model(images), len(norms_of(model))
+    folded = fold_batch_norm(model, (3, 32, 32))
     # pre-activation blocks keep the norm before their first convolution, and the final one
-    assert len(left) == ((len(norms) + 1) // 2 if "wrn" in name else 0)
+    assert len(norms_of(folded)) == ((norms + 1) // 2 if "wrn" in name else 0)
     assert (folded(images) - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-def test_other_models_are_left_alone_and_training_is_refused():
-    model = timm.create_model("resnet18")
-    before = {name: type(module) for name, module in model.named_modules()}
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "left"),
+    [
+        ("resnet18", 0),
+        ("tf_efficientnet_lite0", 0),
+        ("mobilenetv3_small_050", 0),
+        ("regnety_002", 0),
+        ("densenet121", 62),  # of 121: each layer's first norm takes what is joined
+        ("vit_tiny_patch16_224", 0),
+    ],
+)
+def test_other_models_logits_stay(name, left):
+    model = with_statistics(name)
+    images = torch.randn(1, 3, 224, 224)
+    expected = model(images)
+    folded = fold_batch_norm(model, (3, 224, 224))
+    assert len(norms_of(folded)) == left
+    assert (folded(images) - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+class Twice(nn.Module):
+    """Something else takes what the convolution gives, before or beside the norm."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        self.conv, self.bn = nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        y = self.conv(x)
+        if self.kind == "changed in place":
+            y += 1
+        if self.kind == "called twice":
+            y = self.conv(nn.functional.pad(y, (1, 1, 1, 1)))
+        z = self.bn(y)
+        return (z + y if self.kind == "added" else z).mean((2, 3))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["changed in place", "called twice", "added", "alone"])
+def test_what_something_else_takes_too_is_left(kind):
+    torch.manual_seed(0)
+    model = Twice(kind).eval()
+    model.bn.running_mean.normal_()
+    images = torch.randn(2, 3, 8, 8)
+    expected, parts = model(images), (model.conv, model.bn)
+    folded = fold_batch_norm(model, (3, 8, 8))
+    assert ((folded.conv, folded.bn) == parts) == (kind != "alone")
+    torch.testing.assert_close(folded(images), expected)
+    assert not folded.conv._forward_hooks
+
+
+def test_training_is_refused():
     with pytest.raises(ValueError, match="eval mode only"):
-        fold_batch_norm(model)
-    fold_batch_norm(model.eval())
-    assert {name: type(module) for name, module in model.named_modules()} == before
+        fold_batch_norm(timm.create_model("resnet18"), (3, 32, 32))

@@ -10,6 +10,7 @@ import torch._inductor.config
 import torch.nn as nn
 from accelerate import Accelerator
 
+from gld_zoo.distillation.folding import fold_batch_norm
 from gld_zoo.distillation.heads import FeaturesAndLogits, GlobalLocal
 from gld_zoo.distillation.teacher import Teacher, side_of, take_size
 from gld_zoo.training.build.class_names import match_classes
@@ -112,7 +113,7 @@ def _build_teacher(
     remedy = "choose another, or another teacher_size (own is its own)"
     with refusals(title, seen, remedy):
         teacher = Teacher(
-            model,
+            fold_batch_norm(model, (images.shape[1], seen, seen)),
             recipe.grid,
             config["mean"],
             config["std"],
