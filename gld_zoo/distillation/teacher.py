@@ -10,8 +10,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.data import resolve_model_data_config
-from timm.layers import Conv2dSame
 
+from gld_zoo.distillation.folding import CONVOLUTIONS
 from gld_zoo.distillation.heads import check_classifier, check_head, classify_rows, head_dtype
 from gld_zoo.distillation.maps import FeatureMap, Grid, feature_map
 
@@ -116,7 +116,7 @@ class Teacher(nn.Module):
             hook.remove()
         for module in model.modules():
             # those alone that multiply by their weight as it is
-            if type(module) in (nn.Conv2d, Conv2dSame, nn.Linear) and module not in in_head:
+            if type(module) in (*CONVOLUTIONS, nn.Linear) and module not in in_head:
                 module.to(dtype)
 
     @torch.no_grad()

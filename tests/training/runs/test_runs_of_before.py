@@ -46,10 +46,10 @@ def test_a_run_of_before_resumes_to_what_it_would_have_been(kind, distill, tmp_p
     file = tmp_path / kind / "last" / "model.safetensors"
     weights, expected = load_file(file), EXPECTED["runs"][kind]
     for name, values in expected["tensors"].items():
-        # Other kernels round differently, which these steps enlarged to 4e-4 of the largest on one
-        # processor; where the optimizer's momentum was lost, it was 1.1e-2 and more.
-        wanted = torch.tensor(values)
-        assert (weights[name] - wanted).abs().max() <= 2e-3 * wanted.abs().max()
+        # Other kernels round differently, and a few steps at this rate enlarge it: on one processor
+        # to 5e-4 where labels alone teach. Momentum that is 1 % off makes 2e-3 of it there.
+        bound = 1e-3 if kind == "labels" else 1e-4
+        torch.testing.assert_close(weights[name], torch.tensor(values), rtol=1e-3, atol=bound)
     if "sha256" in expected and machine() == EXPECTED["machine"]:
         assert hashlib.sha256(file.read_bytes()).hexdigest() == expected["sha256"]
 
