@@ -222,7 +222,7 @@ def test_list_and_info_tell_the_results(capsys):
     )
     assert "teacher gld_wrn16_2.ce_cifar100" in info
     assert "no weights ship" in run(capsys, "info", "gld_resnet44")
-    recorded = run(capsys, "info", "gld_resnet34.ce_cifar100")
+    recorded = run(capsys, "info", "gld_resnet20.plus_alone_cifar100")
     assert "its weights do not ship" in recorded
     assert "pixels" not in recorded  # of the architecture without weights, not of this run
     assert "pixels (3, 64, 64)" in run(capsys, "info", "gld_resnet18")

@@ -123,7 +123,7 @@ def test_what_a_model_cannot_is_told_and_the_other_is_shown(files, tmp_path):
     assert "'nonsense' cannot be created: Unknown model" in page["student"]["note"]
     assert "Choose one from the list" in page["student"]["note"]
     assert page["teacher"]["cells"].width == 2 * SIDE
-    fine = shown(files / "tiger.jpg", "gld_resnet18.r34_cifar100", grid=3)["student"]
+    fine = shown(files / "tiger.jpg", "gld_resnet18.gldplus_cifar100", grid=3)["student"]
     assert len(fine["classes"]) == looking.CLASSES
     assert fine["cells"] is None
     assert "grid=3 needs a feature map of at least 3x3, got 2x2" in fine["note"]
@@ -327,7 +327,7 @@ def test_the_page_in_a_browser(browser, address, files):
     expect("278,324 parameters")
     choose("Student", "nonsense")
     expect("'nonsense' cannot be created")
-    choose("Student", "gld_resnet18.r34_cifar100")
+    choose("Student", "gld_resnet18.gldplus_cifar100")
     expect("No 4 x 4 cells to show")
     page.get_by_label("2 x 2").click()
     picture_of(1).wait_for()

@@ -57,7 +57,7 @@ def _cifar100_cfg(weights: str) -> dict[str, Any]:
 
 default_cfgs = generate_default_cfgs(
     {
-        "gld_resnet18.r34_cifar100": _cifar100_cfg("gld_resnet18.r34_cifar100"),
+        "gld_resnet18.gldplus_cifar100": _cifar100_cfg("gld_resnet18.gldplus_cifar100"),
         "gld_resnet34.untrained": _cfg(),
     }
 )
