@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import textwrap
+
 import timm
 import torch
 from timm.models import get_pretrained_cfg
@@ -29,6 +32,13 @@ def list_models() -> str:
         size = model.pretrained_cfg["input_size"][-1]
         lines.append(f"{name:<16}{parameters:>12,}  {size:<7}{', '.join(tags) or '-'}")
     return "\n".join(lines)
+
+
+def list_recipes() -> str:
+    """Return the names of the package's recipes, a line for those that begin alike."""
+    alike = itertools.groupby(recipes.names(), key=lambda name: name.partition("_")[0])
+    lines = [textwrap.fill(", ".join(names), 100, subsequent_indent="  ") for _, names in alike]
+    return "\n".join(["recipes, which gld-zoo info NAME shows:", *lines])
 
 
 def describe(name: str) -> str:

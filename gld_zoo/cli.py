@@ -48,10 +48,10 @@ TRAINING_COMMANDS = dict(
 
 
 def list_zoo(_: argparse.Namespace) -> None:
-    """Print the zoo's models and their weights."""
-    from gld_zoo.catalogue import list_models
+    """Print the zoo's models, their weights, and the recipes."""
+    from gld_zoo.catalogue import list_models, list_recipes
 
-    print(list_models())
+    print(list_models(), list_recipes(), sep="\n\n")
 
 
 def show(options: argparse.Namespace) -> None:
@@ -148,7 +148,7 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"timm name, hf-hub:ORG/NAME, local-dir:PATH or run folder; without it {MODEL}",
     )
 
-    command = commands.add_parser("list", help="the zoo's models and weights")
+    command = commands.add_parser("list", help="the zoo's models, weights and recipes")
     command.set_defaults(run=list_zoo)
     command = commands.add_parser("info", help="a model and its weights, or a recipe")
     command.add_argument("name", metavar="NAME", help="model, model.tag or recipe")

@@ -214,6 +214,9 @@ def test_list_and_info_tell_the_results(capsys):
     resnet44 = sum(weight.numel() for weight in timm.create_model("gld_resnet44").parameters())
     assert f"gld_resnet44    {resnet44:>12,}  32     -" in table
     assert "wrn16_2_cifar100 (" in table
+    assert "\nphotos, photos_teacher\n" in table
+    named = table.partition("recipes")[2].replace("\n", " ").replace(",", " ").split()
+    assert set(recipes.names()) <= set(named)
     info = run(capsys, "info", "gld_wrn16_1")
     assert "gld_wrn16_1.ce_cifar100: top-1" in info
     row = Results.load().weights["gld_wrn16_1.wrn16_2_cifar100"]

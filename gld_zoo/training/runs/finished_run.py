@@ -65,13 +65,17 @@ class FinishedRun:
         return [self.environment, *self.environment.get("resumed", [])]
 
     def portable(self) -> Recipe:
-        """Return its recipe without folders of this machine: of those only the name is left."""
+        """Return its recipe without folders of this machine.
+
+        Of a dataset's or a model's the name is left; a teacher's store is found anew by `auto`.
+        """
         student, teacher = self.recipe.student, self.recipe.teacher
         return replace(
             self.recipe,
             dataset=self.dataset,
             student=_portable(student),
             teacher=teacher and _portable(teacher),
+            teacher_store=self.recipe.teacher_store and "auto",
         )
 
     def teacher(self) -> dict[str, Any] | None:

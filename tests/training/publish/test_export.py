@@ -129,9 +129,12 @@ def test_a_card_states_no_licence_nor_dataset_that_nobody_named(student_run, exp
 
 def test_a_recipe_for_others_has_no_folder_of_this_machine():
     recipe = Recipe(student="local-dir:/home/me/s/last", finetune="all", dataset="~/birds")
+    taught = dict(teacher="local-dir:/home/me/t/last", views=2, teacher_store="/home/me/store")
     summary = dict(dataset="~/birds", dataset_is_folder=True)
-    portable = FinishedRun(Path("x"), recipe, summary, {}).portable()
+    portable = FinishedRun(Path("x"), replace(recipe, **taught), summary, {}).portable()
     assert (portable.student, portable.dataset) == ("local-dir:s/last", "birds")
+    assert (portable.teacher, portable.teacher_store) == ("local-dir:t/last", "auto")
+    assert FinishedRun(Path("x"), recipe, summary, {}).portable().teacher_store is None
     summary = dict(dataset="org/birds", dataset_is_folder=False)
     assert FinishedRun(Path("x"), recipe, summary, {}).dataset == "org/birds"
 
