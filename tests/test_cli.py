@@ -14,7 +14,7 @@ import timm
 import torch
 from PIL import Image
 
-from gld_zoo import create_deeplabv3plus, global_local_logits
+from gld_zoo import create_deeplabv3plus, global_local_logits, recipes
 from gld_zoo.cli import TRAINING_COMMANDS, main
 from gld_zoo.downstream.saving import save_downstream
 from gld_zoo.explain import HEAD, SIDE, explain, seen_part

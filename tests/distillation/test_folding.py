@@ -64,6 +64,7 @@ class Twice(nn.Module):
         super().__init__()
         self.kind = kind
         self.conv, self.bn = nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3)
+        self.bias = nn.Parameter(torch.zeros(3))
 
     def forward(self, x):
         y = self.conv(x)
@@ -72,23 +73,52 @@ class Twice(nn.Module):
         if self.kind == "called twice":
             y = self.conv(nn.functional.pad(y, (1, 1, 1, 1)))
         z = self.bn(y)
-        return (z + y if self.kind == "added" else z).mean((2, 3))
+        if self.kind == "no number":
+            return z.mean((2, 3)) * float("nan")
+        return (z + y if self.kind.startswith("added") else z).mean((2, 3)) + self.bias
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["changed in place", "called twice", "added", "alone"])
+@pytest.mark.parametrize(
+    "kind",
+    ["changed in place", "called twice", "added", "added, all far from 0", "no number", "alone"],
+)
 def test_what_something_else_takes_too_is_left(kind):
     torch.manual_seed(0)
     model = Twice(kind).eval()
     model.bn.running_mean.normal_()
+    if kind == "added, all far from 0":
+        model.bias.fill_(1000)
     images = torch.randn(2, 3, 8, 8)
     expected, parts = model(images), (model.conv, model.bn)
     folded = fold_batch_norm(model, (3, 8, 8))
     assert ((folded.conv, folded.bn) == parts) == (kind != "alone")
-    torch.testing.assert_close(folded(images), expected)
-    assert not folded.conv._forward_hooks
+    torch.testing.assert_close(folded(images), expected, equal_nan=True)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in parts)
+    assert not any(module.training for module in folded.modules())
 
 
-def test_training_is_refused():
+@torch.no_grad()
+@pytest.mark.parametrize("raises", ["first", "second"])
+def test_a_model_that_raises_is_left_as_it_was(raises):
+    model, calls = Twice("alone").eval(), []
+
+    def stop(*_):
+        calls.append(raises)
+        if len(calls) == ("first", "second").index(raises) + 1:
+            raise RuntimeError("stopped")
+
+    model.register_forward_pre_hook(stop)
+    parts = (model.conv, model.bn)
+    with pytest.raises(RuntimeError, match="stopped"):
+        fold_batch_norm(model, (3, 8, 8))
+    assert (model.conv, model.bn) == parts
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in parts)
+
+
+@pytest.mark.parametrize("of", ["model", "norm"])
+def test_training_is_refused(of):
+    model = timm.create_model("resnet18").eval()
+    (model if of == "model" else model.bn1).train()
     with pytest.raises(ValueError, match="eval mode only"):
-        fold_batch_norm(timm.create_model("resnet18"), (3, 32, 32))
+        fold_batch_norm(model, (3, 32, 32))

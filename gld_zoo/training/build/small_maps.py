@@ -12,6 +12,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+# measured on an Intel Xeon with AMX (benchmarks/README.md)
 CELLS = 16  # of an output map, at most; of 64 it is the convolution that takes less time
 INPUT_CELLS = 4  # likewise, for the gradient of the input; of 16 it is the convolution
 # of the layers that are multiplied: kernel, padding, dilation, groups, how the border is padded
@@ -23,11 +24,13 @@ class SmallMapConv2d(nn.Conv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map `[B, C, H, W]` to `[B, D, ceil(H / stride), ceil(W / stride)]`."""
+        if not self.training or x.dim() != 4:
+            return super().forward(x)
         height, width = (-(-n // step) for n, step in zip(x.shape[2:], self.stride, strict=True))
-        if not self.training or height * width > CELLS:
+        if height * width > CELLS:
             return super().forward(x)
         weight, bias, kind = self.weight, self.bias, x.device.type
-        if torch.is_autocast_enabled(kind):
+        if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:  # which autocast leaves
             dtype = torch.get_autocast_dtype(kind)
             x, weight = x.to(dtype), weight.to(dtype)
             bias = bias if bias is None else bias.to(dtype)
@@ -102,7 +105,7 @@ def _neighbourhoods(
 
 
 def multiply_on_small_maps(model: nn.Module) -> nn.Module:
-    """Let a model's 3 x 3 convolutions become `SmallMapConv2d`; weights and names stay."""
+    """Let a model's 3 x 3 convolutions become `SmallMapConv2d`, in place; names stay."""
     for module in model.modules():
         if type(module) is not nn.Conv2d:
             continue

@@ -14,16 +14,17 @@ from gld_zoo.training.config.recipe import Recipe
 
 
 @pytest.mark.parametrize("stride", [1, 2, (1, 3)])
-@pytest.mark.parametrize("size", [(1, 1), (2, 2), (3, 2), (5, 1), (4, 5), (9, 9)])
-def test_it_is_the_convolution(stride, size):
+@pytest.mark.parametrize("size", [(1, 1), (2, 2), (3, 2), (5, 1), (4, 4), (7, 8)])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_it_is_the_convolution(stride, size, memory_format):
     torch.manual_seed(0)
     theirs = nn.Conv2d(4, 6, 3, stride, 1).double()
     ours = multiply_on_small_maps(copy.deepcopy(theirs))
     assert type(ours) is SmallMapConv2d
     results = []
-    for layer in (theirs, ours):
+    for layer in (theirs.to(memory_format=memory_format), ours.to(memory_format=memory_format)):
         x = torch.linspace(-1, 1, 3 * 4 * size[0] * size[1], dtype=torch.float64)
-        x = x.reshape(3, 4, *size).requires_grad_()
+        x = x.reshape(3, 4, *size).contiguous(memory_format=memory_format).requires_grad_()
         y = layer(x)
         (y * torch.linspace(0, 1, y.numel()).view_as(y)).sum().backward()
         results.append((y, x.grad, layer.weight.grad, layer.bias.grad))
@@ -77,13 +78,19 @@ def test_its_output_can_be_changed_in_place():
     torch.testing.assert_close(*gradients, rtol=0, atol=0)
 
 
-def test_it_compiles_into_one_graph():
-    layer = multiply_on_small_maps(nn.Conv2d(2, 3, 3, padding=1))
-    x = torch.linspace(-1, 1, 8).view(1, 2, 2, 2)
+@pytest.mark.parametrize(("stride", "size"), [(1, 2), (1, 4), (2, 4)])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_it_compiles_into_one_graph(stride, size, autocast):
+    torch.manual_seed(0)
+    layer = multiply_on_small_maps(nn.Conv2d(2, 3, 3, stride, padding=1))
+    layer.to(memory_format=torch.channels_last)
+    x = torch.randn(2, 2, size, size).contiguous(memory_format=torch.channels_last)
     gradients = []
     for each in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
         layer.zero_grad()
-        each(x).square().sum().backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = each(x)
+        y.float().square().sum().backward()
         gradients.append(layer.weight.grad)
     torch.testing.assert_close(*gradients)
 
@@ -99,6 +106,15 @@ def test_only_small_maps_in_training_are_multiplied(training, size, multiplied, 
     layer = multiply_on_small_maps(nn.Conv2d(2, 2, 3, padding=1)).train(training)
     layer(torch.zeros(1, 2, size, size))
     assert len(calls) == multiplied
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 2, 2, 2)])
+def test_an_image_alone_and_float64_are_as_in_a_convolution(shape):
+    layer, x = nn.Conv2d(2, 2, 3, padding=1).double(), torch.zeros(shape).double()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = layer(x)
+        found = multiply_on_small_maps(layer)(x)
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize(
@@ -121,9 +137,11 @@ def test_other_convolutions_stay(layer):
     assert set(model.state_dict()) == names
 
 
-def test_the_trainers_student_has_them_on_a_cpu_and_its_teacher_stays():
+def test_the_trainers_student_has_them_on_a_cpu_and_its_teacher_has_folded_norms():
     recipe = Recipe(student="gld_wrn16_1", teacher="gld_wrn16_2", seed=0)
     models = build_models(recipe, [str(i) for i in range(100)], Accelerator(cpu=True))
     kinds = [type(module) for module in models.student.modules()]
     assert kinds.count(SmallMapConv2d) == 13  # the stem, and two in each of six blocks
-    assert SmallMapConv2d not in map(type, models.teacher.modules())
+    kinds = [type(module) for module in models.teacher.modules()]
+    assert SmallMapConv2d not in kinds
+    assert kinds.count(nn.BatchNorm2d) == 7  # the first of each block, and the last, of 13
