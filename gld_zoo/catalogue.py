@@ -45,7 +45,8 @@ def describe(name: str) -> str:
     """Return what is known of a model of the zoo and of each of its weights, or of a recipe.
 
     Args:
-        name: Of a model, a model and its tag, or a recipe.
+        name: Of a model, a model and its tag (also of another package, as of a teacher on record),
+            or a recipe.
 
     Raises:
         CommandError: If the zoo does not hold it.
@@ -55,6 +56,8 @@ def describe(name: str) -> str:
     results = Results.load()
     architecture, _, tag = name.partition(".")
     names = timm.list_models("gld_*")
+    if architecture not in names and name in results.rows:
+        return "\n".join([name, *_told(name, results.rows[name])])
     if architecture not in names:
         raise CommandError(
             f"{name!r} is neither a model of this zoo nor a recipe; it holds {', '.join(names)}, "

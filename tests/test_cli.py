@@ -229,6 +229,8 @@ def test_list_and_info_tell_the_results(capsys):
     assert "its weights do not ship" in recorded
     assert "pixels" not in recorded  # of the architecture without weights, not of this run
     assert "pixels (3, 64, 64)" in run(capsys, "info", "gld_resnet18")
+    teacher = Results.load().weights["gld_resnet18.gldplus_cifar100"].teacher.name
+    assert f"{teacher}: top-1 79.54 %" in run(capsys, "info", teacher)  # a model of timm's
 
 
 def test_explain_draws_the_cells_and_the_map(pictures, tmp_path, capsys):
