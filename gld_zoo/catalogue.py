@@ -56,9 +56,9 @@ def describe(name: str) -> str:
     results = Results.load()
     architecture, _, tag = name.partition(".")
     names = timm.list_models("gld_*")
-    if architecture not in names and name in results.rows:
-        return "\n".join([name, *_told(name, results.rows[name])])
     if architecture not in names:
+        if name in results.rows:
+            return "\n".join([name, *_told(name, results.rows[name])])
         raise CommandError(
             f"{name!r} is neither a model of this zoo nor a recipe; it holds {', '.join(names)}, "
             f"and the recipes {', '.join(recipes.names())}"
